@@ -1,0 +1,1 @@
+//! Fake upstream, load generator and measurements for Drawbridge.
