@@ -1,0 +1,211 @@
+//! Tells every replica that something it caches has changed. The bus carries versions, never meaning: a listener re-reads its own data.
+//!
+//! The truth is `bus_versions(topic, version)`, bumped by the last statement of the writing transaction ([`bump`]). `LISTEN` makes
+//! listeners hear of it at once; a poll underneath makes them hear of it anyway. A lost, late, repeated or forged hint changes nothing but
+//! the delay, which is at most 1 s with LISTEN and 2.5 s by poll alone.
+
+mod store;
+
+use std::time::Duration;
+
+use tokio::{sync::watch, time::timeout};
+use tokio_postgres::AsyncMessage;
+
+pub use self::store::{STATEMENTS, bump};
+use crate::{
+    db::{Db, Error},
+    task::Tasks,
+};
+
+/// What can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Topic {
+    /// Accounts, their life cycle, credentials and sticky sessions.
+    Accounts,
+    /// Client keys.
+    ApiKeys,
+    /// Model catalogues.
+    Models,
+    /// Windows and blocks.
+    Quota,
+}
+
+impl Topic {
+    /// Every topic, in the order in which they are bumped.
+    pub const ALL: [Self; 4] = [Self::Accounts, Self::ApiKeys, Self::Models, Self::Quota];
+
+    /// The key in `bus_versions`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Accounts => "accounts",
+            Self::ApiKeys => "api_keys",
+            Self::Models => "models",
+            Self::Quota => "quota",
+        }
+    }
+}
+
+/// Poll under a working LISTEN, and alone.
+const POLL: Duration = Duration::from_secs(2);
+const POLL_ALONE: Duration = Duration::from_millis(500);
+
+/// How an attempt to listen ended.
+enum Listened {
+    /// Our own probe did not come back.
+    Unheard,
+    /// The connection ended.
+    Lost,
+}
+
+/// The newest version seen of each topic. Clones share what was seen.
+#[derive(Clone, Debug)]
+pub struct Bus {
+    versions: watch::Sender<[i64; Topic::ALL.len()]>,
+    db: Db,
+}
+
+/// Hears when one topic has a version newer than the last one taken.
+#[derive(Debug)]
+pub struct Subscription {
+    versions: watch::Receiver<[i64; Topic::ALL.len()]>,
+    topic: Topic,
+    seen: i64,
+}
+
+impl Subscription {
+    /// Waits for a version newer than the last one returned. Read the data after this returns: a write in between only causes one more
+    /// turn. `None` when the bus is gone.
+    pub async fn changed(&mut self) -> Option<i64> {
+        let (topic, seen) = (self.topic, self.seen);
+        let version = self
+            .versions
+            .wait_for(|versions| versions[topic as usize] > seen)
+            .await
+            .ok()?[topic as usize];
+        self.seen = version;
+        Some(version)
+    }
+}
+
+impl Bus {
+    /// A bus that has read every version once.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn connect(db: &Db) -> Result<Self, Error> {
+        let bus = Self {
+            versions: watch::Sender::new([0; Topic::ALL.len()]),
+            db: db.clone(),
+        };
+        bus.refresh().await?;
+        Ok(bus)
+    }
+
+    /// Follows one topic from its present version on; the caller reads its data after subscribing.
+    #[must_use]
+    pub fn subscribe(&self, topic: Topic) -> Subscription {
+        let versions = self.versions.subscribe();
+        let seen = versions.borrow()[topic as usize];
+        Subscription {
+            versions,
+            topic,
+            seen,
+        }
+    }
+
+    /// The newest version seen of a topic.
+    #[must_use]
+    pub fn version(&self, topic: Topic) -> i64 {
+        self.versions.borrow()[topic as usize]
+    }
+
+    /// Reads all versions now.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn refresh(&self) -> Result<(), Error> {
+        let read = store::read(&self.db).await?;
+        self.versions.send_if_modified(|versions| {
+            let before = *versions;
+            for (topic, version) in read {
+                versions[topic as usize] = versions[topic as usize].max(version);
+            }
+            before != *versions
+        });
+        Ok(())
+    }
+
+    /// Listens and polls until the process stops.
+    pub async fn run(self, tasks: Tasks) {
+        let stop = tasks.stopping();
+        stop.run_until_cancelled(self.follow()).await;
+    }
+
+    async fn follow(&self) {
+        let mut warned = false;
+        loop {
+            // Between two tries to listen, changes are polled: briefly after a lost connection, for long where LISTEN does not work.
+            let polls = match self.listen().await {
+                Ok(Listened::Unheard) => {
+                    if !warned {
+                        warned = true;
+                        tracing::warn!(
+                            "the database delivers no notifications (DRAWBRIDGE_DATABASE_DIRECT_URL is a pooler?); polling every 500 ms"
+                        );
+                    }
+                    120
+                }
+                Ok(Listened::Lost) => 2,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot listen");
+                    2
+                }
+            };
+            for _ in 0..polls {
+                tokio::time::sleep(POLL_ALONE).await;
+                self.poll().await;
+            }
+        }
+    }
+
+    /// Listens on a connection of its own until it is lost. Its own first notification must arrive within 1 s: behind a transaction
+    /// pooler LISTEN is accepted and never delivers.
+    async fn listen(&self) -> Result<Listened, Error> {
+        let (client, mut driver) = self.db.dedicated().await?;
+        let heard = async {
+            let subscribe = store::listen(&client);
+            tokio::pin!(subscribe);
+            let mut subscribed = false;
+            loop {
+                tokio::select! {
+                    result = &mut subscribe, if !subscribed => { result?; subscribed = true; }
+                    message = driver.next() => match message {
+                        Some(AsyncMessage::Notification(_)) => return Ok::<_, Error>(true),
+                        Some(_) => {}
+                        None => return Ok(false),
+                    },
+                }
+            }
+        };
+        match timeout(Duration::from_secs(1), heard).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => return Ok(Listened::Lost),
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Ok(Listened::Unheard),
+        }
+        loop {
+            self.poll().await;
+            match timeout(POLL, driver.next()).await {
+                Ok(None) => return Ok(Listened::Lost),
+                Ok(Some(_)) | Err(_) => {}
+            }
+        }
+    }
+
+    async fn poll(&self) {
+        if let Err(error) = self.refresh().await {
+            tracing::debug!(%error, "cannot read versions");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Statements of the bus.
+
+use tokio_postgres::Client;
+
+use super::Topic;
+use crate::{
+    db::{Connection, Db, Error},
+    statements,
+};
+
+statements! { "bus";
+    /// A plain read; versions only grow, so an old snapshot is merely late.
+    READ: [] = "select topic, version from bus_versions";
+
+    /// One row lock per topic, the last of its transaction; topics in alphabetical order, so that two writers cannot deadlock. The
+    /// notification is sent at commit.
+    BUMP: [TEXT_ARRAY] = "
+        with locked as (select topic from bus_versions where topic = any($1) order by topic for update),
+             bumped as (update bus_versions b set version = version + 1, changed_at = clock_timestamp()
+                        from locked where b.topic = locked.topic returning b.topic)
+        select pg_notify('drawbridge', topic) from bumped";
+
+    /// Sent to ourselves: heard, or LISTEN does not work here.
+    PROBE: [] = "select pg_notify('drawbridge', '')";
+}
+
+pub(super) async fn read(db: &Db) -> Result<Vec<(Topic, i64)>, Error> {
+    let mut versions = Vec::new();
+    for row in db.all(&READ, &[]).await? {
+        let name: &str = row.try_get(0)?;
+        // A newer release may have topics that this one does not know.
+        if let Some(topic) = Topic::ALL.into_iter().find(|topic| topic.name() == name) {
+            versions.push((topic, row.try_get(1)?));
+        }
+    }
+    Ok(versions)
+}
+
+/// Announces changes: the last statement of the transaction that made them.
+///
+/// # Errors
+/// Of the statement.
+pub async fn bump(connection: &Connection, topics: &[Topic]) -> Result<(), Error> {
+    let names: Vec<&str> = topics.iter().map(|topic| topic.name()).collect();
+    connection.all(&BUMP, &[&names]).await.map(drop)
+}
+
+/// Subscribes a dedicated connection and sends the probe.
+pub(super) async fn listen(client: &Client) -> Result<(), Error> {
+    client.batch_execute("listen drawbridge").await?;
+    client.query_typed(PROBE.sql, &[]).await.map(drop)?;
+    Ok(())
+}

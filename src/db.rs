@@ -1,0 +1,263 @@
+//! Postgres: pools, statements, transactions, error classes, the database clock, migrations and the embedded cluster.
+//!
+//! SQL is run in one way only: a [`Stmt`] with its parameter types, as an unnamed statement in one round trip, so that a transaction
+//! pooler in between changes nothing. Rooms keep their statements in their `store.rs`, made with [`statements!`](crate::statements).
+//!
+//! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, leases, snapshots,
+//! turns, key counters, `bus_versions` (topics alphabetically, last).
+
+mod clock;
+pub mod embedded;
+mod error;
+mod installation;
+mod migrate;
+mod stmt;
+mod tls;
+mod tx;
+
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio_postgres::{Client, Config, Row, types::ToSql};
+
+pub use self::{
+    clock::Clock,
+    error::{Class, Error},
+    installation::{INSTALLATION_STATEMENTS, Installation, OpenError},
+    migrate::migrate,
+    stmt::{LockClass, Stmt},
+    tls::{Endpoint, EndpointError},
+    tx::Tx,
+};
+
+/// Largest number of connections of the main pool.
+const MAIN_CONNECTIONS: usize = 16;
+/// Connections for heartbeats alone, on the direct URL.
+const VITAL_CONNECTIONS: usize = 2;
+
+/// A handle to one database; clones share its pools.
+#[derive(Clone)]
+pub struct Db {
+    main: Pool,
+    vital: Pool,
+    direct: Endpoint,
+    clock: Clock,
+}
+
+impl Db {
+    /// Pools for a database. `pooled` may lead through a transaction pooler; `direct` leads to Postgres itself.
+    /// Nothing connects yet.
+    ///
+    /// # Errors
+    /// If the pool cannot be built (a bad configuration of TLS).
+    pub fn new(pooled: &Endpoint, direct: &Endpoint) -> Result<Self, Error> {
+        Ok(Self {
+            main: pool(pooled, MAIN_CONNECTIONS)?,
+            vital: pool(direct, VITAL_CONNECTIONS)?,
+            direct: direct.clone(),
+            clock: Clock::default(),
+        })
+    }
+
+    /// The database's clock as this process has learnt it.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Reads the database's time; the offset is kept in [`Db::clock`].
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn learn_time(&self) -> Result<(), Error> {
+        self.clock.learn(&self.connection().await?).await
+    }
+
+    /// The same database with heartbeats' own connections as the main pool: two connections that no other work can occupy.
+    #[must_use]
+    pub fn vital(&self) -> Self {
+        Self {
+            main: self.vital.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// A connection from the pool, for a few statements in a row.
+    ///
+    /// # Errors
+    /// If none is free within 2 s, or Postgres cannot be reached within 5 s.
+    pub async fn connection(&self) -> Result<Connection, Error> {
+        self.main.get().await.map(Connection).map_err(Error::pool)
+    }
+
+    /// A connection of its own on the direct URL, with its driver, for `LISTEN`.
+    ///
+    /// # Errors
+    /// If Postgres cannot be reached.
+    pub async fn dedicated(&self) -> Result<(Client, tls::Driver), Error> {
+        tls::connect(&self.direct).await
+    }
+
+    /// Starts a transaction (READ COMMITTED). It is rolled back unless [`Tx::commit`] is called.
+    ///
+    /// # Errors
+    /// As [`Db::connection`].
+    pub async fn begin(&self) -> Result<Tx, Error> {
+        Tx::begin(self.connection().await?).await
+    }
+
+    /// Runs a statement that returns any number of rows.
+    ///
+    /// # Errors
+    /// Of the pool or of the statement.
+    pub async fn all(
+        &self,
+        stmt: &Stmt,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Error> {
+        self.connection().await?.all(stmt, params).await
+    }
+
+    /// Runs a statement that returns at most one row.
+    ///
+    /// # Errors
+    /// Of the pool or of the statement.
+    pub async fn opt(
+        &self,
+        stmt: &Stmt,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<Row>, Error> {
+        self.connection().await?.opt(stmt, params).await
+    }
+
+    /// Runs a statement that returns exactly one row.
+    ///
+    /// # Errors
+    /// Of the pool or of the statement, or if there is not one row.
+    pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
+        self.connection().await?.one(stmt, params).await
+    }
+
+    /// Runs a statement for its effect; yields the number of rows it touched.
+    ///
+    /// # Errors
+    /// Of the pool or of the statement.
+    pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
+        self.connection().await?.exec(stmt, params).await
+    }
+
+    /// Closes the pools; running statements end first.
+    pub fn close(&self) {
+        self.main.close();
+        self.vital.close();
+    }
+}
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Db")
+            .field("direct", &self.direct)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A connection taken from the pool; dropping it gives it back.
+pub struct Connection(deadpool_postgres::Object);
+
+impl Connection {
+    /// As [`Db::all`].
+    ///
+    /// # Errors
+    /// Of the statement.
+    pub async fn all(
+        &self,
+        stmt: &Stmt,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Error> {
+        self.0
+            .query_typed(stmt.sql, &stmt.typed(params))
+            .await
+            .map_err(|error| Error::statement(stmt, error))
+    }
+
+    /// As [`Db::opt`].
+    ///
+    /// # Errors
+    /// Of the statement.
+    pub async fn opt(
+        &self,
+        stmt: &Stmt,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<Row>, Error> {
+        self.0
+            .query_typed_opt(stmt.sql, &stmt.typed(params))
+            .await
+            .map_err(|error| Error::statement(stmt, error))
+    }
+
+    /// As [`Db::one`].
+    ///
+    /// # Errors
+    /// Of the statement, or if there is not one row.
+    pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
+        self.0
+            .query_typed_one(stmt.sql, &stmt.typed(params))
+            .await
+            .map_err(|error| Error::statement(stmt, error))
+    }
+
+    /// As [`Db::exec`].
+    ///
+    /// # Errors
+    /// Of the statement.
+    pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
+        self.0
+            .execute_typed(stmt.sql, &stmt.typed(params))
+            .await
+            .map_err(|error| Error::statement(stmt, error))
+    }
+
+    /// Asks the server whether it accepts a statement; nothing is executed.
+    ///
+    /// # Errors
+    /// Of the statement.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "checks statements against the schema; never on a request"
+    )]
+    pub async fn check(&self, stmt: &Stmt) -> Result<(), Error> {
+        self.0
+            .prepare_typed(stmt.sql, stmt.types)
+            .await
+            .map(drop)
+            .map_err(|error| Error::statement(stmt, error))
+    }
+}
+
+fn pool(endpoint: &Endpoint, size: usize) -> Result<Pool, Error> {
+    let manager = Manager::from_config(
+        endpoint.config().clone(),
+        endpoint.tls().clone(),
+        ManagerConfig {
+            recycling_method: RecyclingMethod::Fast,
+        },
+    );
+    Pool::builder(manager)
+        .max_size(size)
+        .runtime(Runtime::Tokio1)
+        .wait_timeout(Some(Duration::from_secs(2)))
+        .create_timeout(Some(Duration::from_secs(5)))
+        .recycle_timeout(Some(Duration::from_secs(5)))
+        .build()
+        .map_err(|error| Error::config(error.to_string()))
+}
+
+/// Settings of every connection: a dead peer is noticed, and the server knows who asks.
+fn tuned(mut config: Config) -> Config {
+    config
+        .application_name("drawbridge")
+        .connect_timeout(Duration::from_secs(5))
+        .keepalives_idle(Duration::from_secs(30))
+        .tcp_user_timeout(Duration::from_secs(10));
+    config
+}

@@ -1,0 +1,109 @@
+//! Names of metrics and the set-up of logs. Labels are bounded: no ids, no models beyond those configured, no text of users.
+//!
+//! Logs never carry bodies, tokens, e-mails or raw affinity keys; call sites log ids and codes.
+
+use std::{sync::OnceLock, time::Duration};
+
+use metrics::{counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::{EnvFilter, prelude::*};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Starts logging to standard error. `filter` is a tracing filter such as `info,drawbridge=debug`.
+///
+/// # Errors
+/// If the filter cannot be parsed.
+pub fn start_logs(
+    filter: &str,
+    format: LogFormat,
+) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter = EnvFilter::try_new(filter)?;
+    let registry = tracing_subscriber::registry().with(filter);
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // A second call (tests start several servers in one process) keeps the first subscriber.
+    drop(match format {
+        LogFormat::Text => registry.with(layer.with_target(false)).try_init(),
+        LogFormat::Json => registry.with(layer.json().flatten_event(true)).try_init(),
+    });
+    Ok(())
+}
+
+/// Seconds; from a local error to a long tool call.
+const BUCKETS: [f64; 14] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+/// The process's metrics in the Prometheus text format. The first call installs the recorder.
+#[must_use]
+pub fn render_metrics() -> String {
+    recorder().map(PrometheusHandle::render).unwrap_or_default()
+}
+
+/// Installs the metrics recorder; later calls change nothing. `None` if another recorder was installed before ours.
+pub fn recorder() -> Option<&'static PrometheusHandle> {
+    static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            PrometheusBuilder::new()
+                .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)
+                .and_then(PrometheusBuilder::install_recorder)
+                .ok()
+        })
+        .as_ref()
+}
+
+/// A task began.
+pub fn task_started(name: &'static str) {
+    gauge!("drawbridge_tasks", "task" => name).increment(1.0);
+}
+
+/// A task ended, by a panic or not.
+pub fn task_ended(name: &'static str, panicked: bool) {
+    gauge!("drawbridge_tasks", "task" => name).decrement(1.0);
+    if panicked {
+        counter!("drawbridge_task_panics_total", "task" => name).increment(1);
+    }
+}
+
+/// A statement failed. `class` is that of `db::Error`.
+pub fn statement_failed(statement: &'static str, class: &'static str) {
+    counter!("drawbridge_db_errors_total", "statement" => statement, "class" => class).increment(1);
+}
+
+/// A turn ended. `transport` is `http` or `websocket`, `outcome` a word of the ledger.
+pub fn turn_ended(
+    transport: &'static str,
+    outcome: &'static str,
+    total: Duration,
+    first_event: Option<Duration>,
+) {
+    counter!("drawbridge_turns_total", "transport" => transport, "outcome" => outcome).increment(1);
+    histogram!("drawbridge_turn_seconds", "transport" => transport).record(total);
+    if let Some(first) = first_event {
+        histogram!("drawbridge_turn_first_event_seconds", "transport" => transport).record(first);
+    }
+}
+
+/// An attempt of a turn failed with a failure class and was followed by `next`.
+pub fn attempt_failed(class: &'static str, next: &'static str) {
+    counter!("drawbridge_attempt_failures_total", "class" => class, "next" => next).increment(1);
+}
+
+/// Something that must be counted although nobody waits for it, by a fixed name.
+pub fn count(name: &'static str) {
+    counter!(name).increment(1);
+}
+
+/// The present value of a gauge with a fixed name.
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+pub fn set(name: &'static str, value: u64) {
+    gauge!(name).set(value as f64);
+}
