@@ -1,0 +1,241 @@
+//! The commands. Each works on the database of the settings, the embedded cluster included, whether `serve` runs or not.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the commands talk to people")]
+
+use std::{fmt, path::Path, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use secrecy::{ExposeSecret as _, SecretString};
+
+use crate::{
+    config::{self, Config, Database, MasterKeys, Settings},
+    db::{Db, Endpoint, Installation, OpenError, embedded::Cluster, migrate},
+    secret::KeyRing,
+    server, telemetry,
+};
+
+/// Exit code of a bad configuration or a wrong master key (`EX_USAGE`).
+const BAD_CONFIGURATION: u8 = 64;
+
+/// Lets many Codex clients share a pool of ChatGPT accounts.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(flatten)]
+    settings: Box<Settings>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service
+    Serve,
+    /// Bring the database schema up to date
+    Migrate,
+    /// Check the settings and print them
+    Config {
+        /// Fail on unknown DRAWBRIDGE_* names
+        #[arg(long)]
+        strict: bool,
+    },
+}
+
+/// What a command works with.
+pub struct Context {
+    /// The database.
+    pub db: Db,
+    /// The master keys.
+    pub ring: KeyRing,
+    /// The installation's secrets.
+    pub installation: Installation,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// A fault of the configuration, as opposed to one of the work.
+#[derive(Debug)]
+struct BadConfiguration(Vec<String>);
+
+impl fmt::Display for BadConfiguration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for BadConfiguration {}
+
+/// Runs the command line; yields the exit code.
+pub async fn run(cli: Cli) -> ExitCode {
+    match cli.dispatch().await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("drawbridge: {error:#}");
+            if error.is::<BadConfiguration>() { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+impl Cli {
+    async fn dispatch(self) -> anyhow::Result<ExitCode> {
+        let unknown = config::unknown_names(std::env::vars());
+        let config = self.settings.check().map_err(BadConfiguration)?;
+        match self.command {
+            Command::Config { strict } => {
+                unknown.iter().for_each(|warning| eprintln!("drawbridge: {warning}"));
+                if strict && !unknown.is_empty() {
+                    return Err(BadConfiguration(vec!["unknown settings".into()]).into());
+                }
+                println!("{config:#?}");
+            }
+            Command::Serve => {
+                telemetry::start_logs(&config.log.filter, config.log.format)
+                    .map_err(|error| BadConfiguration(vec![format!("DRAWBRIDGE_LOG: {error}")]))?;
+                unknown.iter().for_each(|warning| tracing::warn!("{warning}"));
+                return serve(config).await;
+            }
+            Command::Migrate => {
+                let data = Data::open(&config).await?;
+                let applied = migrate(&data.direct).await?;
+                data.close().await;
+                println!("{}", if self.json { format!("{{\"applied\":{applied}}}") } else { format!("{applied} migrations applied") });
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The opened database of the settings.
+struct Data {
+    pooled: Endpoint,
+    direct: Endpoint,
+    /// Kept while the embedded cluster is used: the last user stops it.
+    cluster: Option<Cluster>,
+}
+
+impl Data {
+    async fn open(config: &Config) -> anyhow::Result<Self> {
+        match &config.database {
+            Database::Embedded => {
+                let cluster = Cluster::open(&config.data_dir).await.context("the embedded database")?;
+                let endpoint = Endpoint::local(cluster.config());
+                Ok(Self { pooled: endpoint.clone(), direct: endpoint, cluster: Some(cluster) })
+            }
+            Database::External { pooled, direct } => {
+                let read = |name: &str, url: &SecretString| {
+                    Endpoint::parse(url.expose_secret()).map_err(|error| BadConfiguration(vec![format!("{name} {error}")]))
+                };
+                Ok(Self {
+                    pooled: read("DRAWBRIDGE_DATABASE_URL", pooled)?,
+                    direct: read("DRAWBRIDGE_DATABASE_DIRECT_URL", direct)?,
+                    cluster: None,
+                })
+            }
+        }
+    }
+
+    async fn close(self) {
+        if let Some(cluster) = self.cluster {
+            if let Err(error) = cluster.close().await {
+                tracing::warn!(%error, "the embedded database");
+            }
+        }
+    }
+}
+
+async fn serve(config: Config) -> anyhow::Result<ExitCode> {
+    let ring = key_ring(&config.master_keys)?;
+    let data = Data::open(&config).await?;
+    if config.migrate_on_start {
+        migrate(&data.direct).await?;
+    }
+    let db = Db::new(&data.pooled, &data.direct)?;
+    let installation = open_installation(&db, &ring, &config).await?;
+    let clean = server::run(config, db, ring, installation).await?;
+    data.close().await;
+    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Opens the database for a command, runs it, and closes the database.
+async fn with_context(
+    config: &Config,
+    json: bool,
+    work: impl AsyncFnOnce(&Context) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let ring = key_ring(&config.master_keys)?;
+    let data = Data::open(config).await?;
+    if data.cluster.is_some() {
+        migrate(&data.direct).await?;
+    }
+    let db = Db::new(&data.pooled, &data.direct)?;
+    let installation = open_installation(&db, &ring, config).await?;
+    db.learn_time().await?;
+    let context = Context { db, ring, installation, json };
+    let result = work(&context).await;
+    context.db.close();
+    data.close().await;
+    result
+}
+
+async fn open_installation(db: &Db, ring: &KeyRing, config: &Config) -> anyhow::Result<Installation> {
+    Installation::open(db, ring).await.map_err(|error| match error {
+        OpenError::Keys(error) => {
+            let from = match &config.master_keys {
+                MasterKeys::Given(_) => "DRAWBRIDGE_MASTER_KEYS".to_owned(),
+                MasterKeys::File(path) | MasterKeys::Generated(path) => path.display().to_string(),
+            };
+            BadConfiguration(vec![format!(
+                "{from} does not belong to this database ({error}); an installation that began with the embedded database has its \
+                 key in DATA_DIR/master.key"
+            )])
+            .into()
+        }
+        error @ OpenError::Db(_) => anyhow::Error::from(error),
+    })
+}
+
+fn key_ring(source: &MasterKeys) -> anyhow::Result<KeyRing> {
+    let (name, text) = match source {
+        MasterKeys::Given(text) => ("DRAWBRIDGE_MASTER_KEYS".to_owned(), text.clone()),
+        MasterKeys::File(path) => (path.display().to_string(), read_keys(path)?),
+        MasterKeys::Generated(path) => {
+            create_keys(path)?;
+            (path.display().to_string(), read_keys(path)?)
+        }
+    };
+    let text = SecretString::from(text.expose_secret().trim());
+    KeyRing::parse(&text).map_err(|error| BadConfiguration(vec![format!("{name}: {error}")]).into())
+}
+
+fn read_keys(path: &Path) -> anyhow::Result<SecretString> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(SecretString::from(text)),
+        Err(error) => Err(BadConfiguration(vec![format!("cannot read master keys from {}: {error}", path.display())]).into()),
+    }
+}
+
+/// Draws the first master key of an embedded installation. Racing processes: one creates the file, the others read it.
+fn create_keys(path: &Path) -> anyhow::Result<()> {
+    use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _};
+
+    if path.exists() {
+        return Ok(());
+    }
+    let folder = path.parent().context("the data directory")?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    // Written beside and linked into place: nobody ever reads half a key, and an existing one is never replaced.
+    let draft = folder.join(format!("master.key.{}", std::process::id()));
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+    writeln!(file, "{}", KeyRing::generate("k1").expose_secret())?;
+    file.sync_all()?;
+    let linked = fs::hard_link(&draft, path);
+    fs::remove_file(&draft)?;
+    match linked {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error).context("cannot write the master key"),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,235 @@
+//! Puts the process together: boot order, listeners, health, drain.
+//!
+//! Boot: database, secrets, bus, replica, state, view, listeners, ready. Drain, on SIGTERM or SIGINT: unready, every answer carries
+//! `Connection: close`, new turns are still served (lame duck); then the listener closes and running turns may end; then what is left is
+//! cancelled with a terminal event, booked, and the process leaves. A second signal goes to the last step at once.
+
+mod connection;
+mod health;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use tokio::{net::TcpListener, signal::unix::SignalKind};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    account::{self, Accounts},
+    api_key::ApiKeys,
+    bus::Bus,
+    config::{Config, Drain},
+    db::{Db, Installation},
+    ingress,
+    jobs,
+    ledger::Ledger,
+    quota::Quota,
+    replica::{Replica, Timing},
+    secret::KeyRing,
+    task::Tasks,
+    telemetry, turn,
+    upstream::Upstream,
+};
+
+/// How long what remains after the grace may take to book itself.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// The phases of a process, each entered once.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Phase {
+    /// Boot is over.
+    pub(crate) ready: CancellationToken,
+    /// Lame duck: unready, connections close after their answer.
+    pub(crate) draining: CancellationToken,
+    /// No new connections; idle ones close.
+    pub(crate) closing: CancellationToken,
+}
+
+/// Runs the service until a signal ends it. True if everything that ran could end by itself.
+///
+/// # Errors
+/// If it cannot start.
+pub async fn run(config: Config, db: Db, ring: KeyRing, installation: Installation) -> anyhow::Result<bool> {
+    let signals = signals()?;
+    let client = bind("DRAWBRIDGE_LISTEN", config.listen).await?;
+    let admin = bind("DRAWBRIDGE_ADMIN_LISTEN", config.admin_listen).await?;
+    let server = Server::start(&config, db, ring, installation, client, admin).await?;
+    welcome(&server, &config).await;
+    Ok(server.until(signals, config.drain).await)
+}
+
+/// A started service. Tests start several in one process.
+pub struct Server {
+    /// Where clients are served.
+    pub address: SocketAddr,
+    /// Where metrics and probes are served.
+    pub admin_address: SocketAddr,
+    tasks: Tasks,
+    phase: Phase,
+    engine: turn::Engine,
+    replica: Replica,
+    ledger: Ledger,
+    quota: Quota,
+    keys: ApiKeys,
+    accounts: Accounts,
+    db: Db,
+}
+
+impl Server {
+    /// Boots on bound listeners; when this returns, requests are served.
+    ///
+    /// # Errors
+    /// If the database cannot be used.
+    pub async fn start(
+        config: &Config,
+        db: Db,
+        ring: KeyRing,
+        installation: Installation,
+        client: TcpListener,
+        admin: TcpListener,
+    ) -> anyhow::Result<Self> {
+        telemetry::recorder();
+        let tasks = Tasks::new();
+        let phase = Phase::default();
+        db.learn_time().await?;
+        let bus = Bus::connect(&db).await?;
+        let replica = Replica::register(&db, &config.replica_name, Timing::default()).await?;
+        let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
+        let sticky = account::Sticky::new(db.clone());
+        let quota = Quota::load(&db, &bus, &tasks).await?;
+        let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
+        let ledger = Ledger::new(db.clone(), replica.boot(), &tasks);
+        let upstream = Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
+        let engine = turn::Engine::new(upstream.clone(), quota.clone(), sticky.clone(), ledger.clone(), &tasks);
+        tasks.essential("bus", bus.run(tasks.clone()));
+        tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
+        jobs::start(&tasks, &db, &ledger, &sticky, &upstream, config.retention_days);
+
+        let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
+        let state = Arc::new(ingress::State {
+            engine: engine.clone(),
+            upstream,
+            quota: quota.clone(),
+            keys: keys.clone(),
+            ledger: ledger.clone(),
+            clock: db.clock().clone(),
+            gate: ingress::Gate::new(config.key_rule, address),
+            bytes: ingress::Budget::default(),
+            draining: phase.draining.clone(),
+        });
+        let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
+        tasks.essential("clients", connection::accept(client, router, phase.clone(), tasks.clone()));
+        tasks.essential("admin", connection::accept(admin, health::admin_router(phase.clone(), db.clone()), phase.clone(), tasks.clone()));
+        phase.ready.cancel();
+        Ok(Self { address, admin_address, tasks, phase, engine, replica, ledger, quota, keys, accounts, db })
+    }
+
+    /// Serves until `stop` ends, then drains. True if everything that ran could end by itself.
+    async fn until(self, mut stop: Signals, drain: Drain) -> bool {
+        let stopping = self.tasks.stopping();
+        tokio::select! {
+            () = stop.next() => {}
+            () = stopping.cancelled() => {}
+        }
+        tracing::info!(turns = self.engine.running(), "draining");
+        tokio::select! {
+            clean = self.drain(drain) => clean,
+            () = stop.next() => {
+                tracing::warn!("a second signal: running turns are cancelled");
+                self.end().await;
+                false
+            }
+        }
+    }
+
+    /// Lame duck, then the listener closes, then running turns may end, then the rest is cancelled.
+    async fn drain(&self, drain: Drain) -> bool {
+        self.phase.draining.cancel();
+        if let Err(error) = self.replica.drain().await {
+            tracing::warn!(%error, "peers do not know that this replica drains");
+        }
+        tokio::time::sleep(drain.delay).await;
+        self.phase.closing.cancel();
+        let clean = self.engine.idle(drain.grace).await;
+        if !clean {
+            tracing::warn!(turns = self.engine.running(), "the grace is over: running turns are cancelled");
+        }
+        self.end().await && clean && !self.tasks.failed()
+    }
+
+    /// Cancels what runs, books it, and leaves.
+    async fn end(&self) -> bool {
+        self.phase.draining.cancel();
+        self.phase.closing.cancel();
+        self.engine.cancel_all();
+        let booked = self.engine.idle(LAST_WORDS).await;
+        self.tasks.stop();
+        self.quota.flush().await;
+        self.keys.flush().await;
+        self.ledger.flush().await;
+        if let Err(error) = self.replica.leave().await {
+            tracing::warn!(%error, "left without saying so");
+        }
+        let ended = self.tasks.drained(LAST_WORDS).await;
+        self.db.close();
+        if !ended {
+            tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");
+        }
+        booked && ended
+    }
+
+    /// Drains with a given patience and stops; what tests call instead of a signal.
+    pub async fn stop(self, drain: Drain) -> bool {
+        self.drain(drain).await
+    }
+}
+
+/// SIGTERM and SIGINT, each counted.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn signals() -> anyhow::Result<Signals> {
+    let listen = |kind| tokio::signal::unix::signal(kind).context("cannot listen for signals");
+    Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+}
+
+async fn bind(name: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{name}: cannot listen on {address}"))
+}
+
+/// Tells a person at a terminal what to do next.
+async fn welcome(server: &Server, config: &Config) {
+    let address = server.address;
+    tracing::info!(%address, admin = %server.admin_address, replica = config.replica_name, "ready");
+    let accounts = server.accounts.list().await.map_or(0, |accounts| accounts.len());
+    let keyless = !server.keys.any_created() && address.ip().is_loopback();
+    let mut steps = Vec::new();
+    if accounts == 0 {
+        steps.push(
+            "import an account:  CODEX_HOME=$(mktemp -d) sh -c 'codex login && drawbridge accounts import \"$CODEX_HOME/auth.json\"'"
+                .to_owned(),
+        );
+    }
+    if keyless {
+        steps.push("create a key (needed from other machines):  drawbridge keys create --name laptop".to_owned());
+    }
+    if !steps.is_empty() {
+        steps.push(format!(
+            "point Codex here, in ~/.codex/config.toml:\n\n    model_provider = \"drawbridge\"\n\n    [model_providers.drawbridge]\n    \
+             name = \"drawbridge\"\n    base_url = \"http://{address}/backend-api/codex\"\n    wire_api = \"responses\"\n    \
+             supports_websockets = true{}\n",
+            if keyless { "" } else { "\n    env_key = \"DRAWBRIDGE_KEY\"" }
+        ));
+        tracing::info!("next steps\n  - {}", steps.join("\n  - "));
+    }
+}

@@ -1,0 +1,138 @@
+//! Everything that leaves this process for the upstream: connections, fresh credentials, HTTP and WebSocket. It knows accounts, not
+//! clients, and keeps the [`View`] that selection reads.
+
+pub mod credential;
+pub mod http;
+pub mod oauth;
+mod view;
+pub mod websocket;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use ::http::{HeaderMap, HeaderValue, header};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+use secrecy::ExposeSecret as _;
+use tokio::sync::watch;
+
+use self::credential::{Credential, Credentials};
+use crate::{
+    account::Accounts,
+    bus::Bus,
+    config,
+    db::{Clock, Db},
+    quota::Quota,
+    routing::View,
+    task::Tasks,
+};
+
+/// Deadlines towards the upstream, each with its own name in errors. Our own keep-alives never reset them.
+pub mod deadline {
+    use std::time::Duration;
+
+    /// TCP and TLS.
+    pub const CONNECT: Duration = Duration::from_secs(8);
+    /// From the sent request to the head of the answer.
+    pub const HEADERS: Duration = Duration::from_secs(60);
+    /// From the head of the answer to the first event.
+    pub const FIRST_EVENT: Duration = Duration::from_secs(60);
+    /// Between two events.
+    pub const IDLE: Duration = Duration::from_secs(300);
+}
+
+/// The way out. Cheap to clone.
+#[derive(Clone)]
+pub struct Upstream {
+    client: reqwest::Client,
+    base: Arc<str>,
+    credentials: Credentials,
+    view: watch::Receiver<Arc<View>>,
+    clock: Clock,
+    transport: config::Transport,
+}
+
+impl Upstream {
+    /// Connects the parts and builds the first view.
+    ///
+    /// # Errors
+    /// If the CA file cannot be read or the database not be asked.
+    pub async fn start(
+        config: &config::Upstream,
+        db: &Db,
+        accounts: &Accounts,
+        quota: &Quota,
+        bus: &Bus,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
+        let client = client(config)?;
+        let credentials = Credentials::new(accounts.clone(), client.clone(), &config.auth_url, db.clock().clone(), bus, tasks);
+        let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let clock = db.clock().clone();
+        Ok(Self { client, base: config.url.as_str().into(), credentials, view, clock, transport: config.transport })
+    }
+
+    /// The pool as it is known now.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// Tokens that upstream takes.
+    #[must_use]
+    pub fn credentials(&self) -> &Credentials {
+        &self.credentials
+    }
+
+    /// The database's clock.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// How turns travel.
+    #[must_use]
+    pub fn transport(&self) -> config::Transport {
+        self.transport
+    }
+}
+
+/// The one client of all egress: system proxies, HTTP/1.1 (a stream has its connection to itself), no redirects, no hidden retries.
+fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
+    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    if let Some(path) = &config.ca_file {
+        let read = || format!("DRAWBRIDGE_CA_FILE: cannot read {}", path.display());
+        for certificate in CertificateDer::pem_file_iter(path).with_context(read)? {
+            roots.add(certificate.with_context(read)?).with_context(read)?;
+        }
+    }
+    let tls = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .context("TLS versions")?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .http1_only()
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .connect_timeout(deadline::CONNECT)
+        .tcp_keepalive(Duration::from_secs(30))
+        .pool_idle_timeout(Duration::from_secs(60))
+        .build()
+        .context("the upstream client")
+}
+
+/// Puts an account's credential on a request.
+fn authorize(headers: &mut HeaderMap, credential: &Credential) {
+    let mut bearer = HeaderValue::try_from(format!("Bearer {}", credential.access.expose_secret()))
+        .unwrap_or_else(|_| HeaderValue::from_static("Bearer"));
+    bearer.set_sensitive(true);
+    headers.insert(header::AUTHORIZATION, bearer);
+    if let Some(id) = credential.chatgpt_account_id.as_deref().and_then(|id| HeaderValue::from_str(id).ok()) {
+        headers.insert("chatgpt-account-id", id);
+    }
+}

@@ -1,0 +1,125 @@
+//! Requests and event streams over HTTP.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::time::timeout;
+
+use super::{Upstream, authorize, credential::Credential, deadline};
+use crate::protocol::{
+    failure::{Deadline, Failure},
+    sse::{self, Splitter},
+};
+
+/// How much of a refusal is read, and for how long.
+const REFUSAL_BYTES: usize = 256 << 10;
+const REFUSAL_TIME: Duration = Duration::from_secs(10);
+
+/// An open event stream.
+pub struct Events {
+    response: Box<reqwest::Response>,
+    splitter: Splitter,
+}
+
+impl Upstream {
+    /// Sends the body of a turn; yields the event stream once upstream has accepted it.
+    ///
+    /// # Errors
+    /// Classified: upstream's refusal, or what the network did.
+    pub async fn create(&self, credential: &Credential, mut headers: HeaderMap, body: Bytes) -> Result<Events, Failure> {
+        headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        authorize(&mut headers, credential);
+        let request = self.client.post(format!("{}/codex/responses", self.base)).headers(headers).body(body);
+        let response = self.answered(request).await?;
+        Ok(Events { response: Box::new(response), splitter: Splitter::new(sse::MAX_EVENT_BYTES) })
+    }
+
+    /// A small JSON document below the base URL.
+    ///
+    /// # Errors
+    /// As [`Upstream::create`].
+    pub async fn document(&self, credential: &Credential, path: &str) -> Result<(HeaderMap, Bytes), Failure> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        authorize(&mut headers, credential);
+        let response = self.answered(self.client.get(format!("{}{path}", self.base)).headers(headers)).await?;
+        let headers = response.headers().clone();
+        let body = timeout(deadline::HEADERS, response.bytes()).await.map_err(|_| Failure::timeout(Deadline::Idle))?;
+        Ok((headers, body.map_err(|error| network(&error))?))
+    }
+
+    /// Sends a request and waits for a head that says 200.
+    async fn answered(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
+        let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
+            .await
+            .map_err(|_| Failure::timeout(Deadline::Headers))?
+            .map_err(|error| network(&error))?;
+        if response.status() == StatusCode::OK {
+            return Ok(response);
+        }
+        let (status, headers) = (response.status(), response.headers().clone());
+        let body = timeout(REFUSAL_TIME, refusal(response)).await.unwrap_or_default();
+        Err(Failure::from_http(status, &headers, body, self.clock.now().as_second()))
+    }
+}
+
+/// The beginning of a refusal's body.
+async fn refusal(mut response: reqwest::Response) -> Bytes {
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        body.extend_from_slice(&chunk);
+        if body.len() >= REFUSAL_BYTES {
+            body.truncate(REFUSAL_BYTES);
+            break;
+        }
+    }
+    body.into()
+}
+
+impl Events {
+    /// The head of the answer.
+    #[must_use]
+    pub fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// The next event, comments included; `None` at the end of the stream. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the stream breaks, or an event is too large.
+    pub async fn next(&mut self) -> Result<Option<sse::Event>, Failure> {
+        loop {
+            match self.splitter.next() {
+                Some(Ok(event)) => return Ok(Some(event)),
+                Some(Err(too_large)) => return Err(Failure::too_large(too_large.limit)),
+                None => {}
+            }
+            match self.response.chunk().await {
+                Ok(Some(chunk)) => self.splitter.push(chunk),
+                Ok(None) => return Ok(None),
+                Err(_) => return Err(Failure::truncated()),
+            }
+        }
+    }
+
+    /// The next event if it has arrived already.
+    ///
+    /// # Errors
+    /// As [`Events::next`].
+    pub fn ready(&mut self) -> Result<Option<sse::Event>, Failure> {
+        self.splitter.next().transpose().map_err(|too_large| Failure::too_large(too_large.limit))
+    }
+}
+
+/// What the network did, without URLs or addresses.
+pub(super) fn network(error: &reqwest::Error) -> Failure {
+    if error.is_connect() {
+        Failure::unreachable()
+    } else if error.is_timeout() {
+        Failure::timeout(Deadline::Connect)
+    } else {
+        Failure::network()
+    }
+}

@@ -1,0 +1,86 @@
+//! Keeps the routing [`View`] up to date: accounts when the bus says so, quota whenever this replica learns something.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, atomic::AtomicU32},
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    account::{AccountEntry, Accounts},
+    bus::{Bus, Topic},
+    db,
+    ids::AccountId,
+    quota::Quota,
+    routing::{Account, View},
+    task::Tasks,
+};
+
+/// Between two rebuilds: a busy pool learns something with every answer.
+const THROTTLE: Duration = Duration::from_millis(20);
+/// After the database could not be asked.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Builds the first view and starts the task that keeps it.
+pub(super) async fn keep(
+    accounts: Accounts,
+    quota: Quota,
+    bus: &Bus,
+    tasks: &Tasks,
+) -> Result<watch::Receiver<Arc<View>>, db::Error> {
+    let mut moved = bus.subscribe(Topic::Accounts);
+    let mut models = bus.subscribe(Topic::Models);
+    let mut observed = quota.changed();
+    let mut entries = accounts.load_all().await?;
+    let mut counters = HashMap::new();
+    let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &mut counters)));
+    let stop = tasks.stopping();
+    tasks.essential("view", async move {
+        let follow = async {
+            loop {
+                let reload = tokio::select! {
+                    version = moved.changed() => version.is_some(),
+                    version = models.changed() => version.is_some(),
+                    changed = observed.changed() => { if changed.is_err() { return } false }
+                };
+                if reload {
+                    entries = loop {
+                        match accounts.load_all().await {
+                            Ok(entries) => break entries,
+                            Err(error) => tracing::warn!(%error, "the view of the pool is old"),
+                        }
+                        tokio::time::sleep(PAUSE).await;
+                    };
+                }
+                sender.send_replace(Arc::new(build(&entries, &quota, &mut counters)));
+                tokio::time::sleep(THROTTLE).await;
+            }
+        };
+        stop.run_until_cancelled(follow).await;
+    });
+    Ok(receiver)
+}
+
+/// One snapshot. `counters` carries the turns in flight from snapshot to snapshot.
+fn build(entries: &[AccountEntry], quota: &Quota, counters: &mut HashMap<AccountId, Arc<AtomicU32>>) -> View {
+    let accounts: BTreeMap<AccountId, Account> = entries
+        .iter()
+        .map(|entry| {
+            let (windows, blocks) = quota.snapshot(entry.id);
+            let account = Account {
+                id: entry.id,
+                lifecycle: entry.lifecycle,
+                plan: entry.plan.clone(),
+                windows,
+                blocks,
+                models: entry.models.clone(),
+                in_flight: Arc::clone(counters.entry(entry.id).or_default()),
+            };
+            (entry.id, account)
+        })
+        .collect();
+    counters.retain(|id, _| accounts.contains_key(id));
+    View { accounts: accounts.into_values().collect() }
+}

@@ -1,0 +1,124 @@
+//! One upstream WebSocket.
+
+use std::time::{Duration, Instant};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::time::timeout;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        self, Message, Utf8Bytes,
+        handshake::{client::generate_key, derive_accept_key},
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
+    },
+};
+
+use super::{Upstream, authorize, credential::Credential, deadline, http::network};
+use crate::protocol::failure::{Deadline, Failure};
+
+/// For the closing handshake.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+/// One message or frame from upstream.
+const MESSAGE_BYTES: usize = 64 << 20;
+
+/// An open upstream WebSocket. It speaks text frames only.
+pub struct Socket {
+    stream: WebSocketStream<reqwest::Upgraded>,
+    headers: HeaderMap,
+    opened: Instant,
+}
+
+impl Upstream {
+    /// Opens a socket for an account. `headers` are the client's, filtered.
+    ///
+    /// # Errors
+    /// Classified: upstream's refusal of the handshake, or what the network did.
+    pub async fn connect(&self, credential: &Credential, mut headers: HeaderMap) -> Result<Socket, Failure> {
+        let key = generate_key();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        headers.insert(header::SEC_WEBSOCKET_KEY, HeaderValue::from_str(&key).expect("base64 is ASCII"));
+        authorize(&mut headers, credential);
+        let request = self.client.get(format!("{}/codex/responses", self.base)).headers(headers);
+        let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
+            .await
+            .map_err(|_| Failure::timeout(Deadline::Headers))?
+            .map_err(|error| network(&error))?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            let body = timeout(CLOSE_TIME, response.bytes()).await.ok().and_then(Result::ok).unwrap_or_default();
+            return Err(Failure::from_http(status, &headers, body, self.clock.now().as_second()));
+        }
+        if headers.get(header::SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| accept != derive_accept_key(key.as_bytes()).as_str()) {
+            return Err(Failure::network());
+        }
+        let upgraded = response.upgrade().await.map_err(|error| network(&error))?;
+        let stream = WebSocketStream::from_raw_socket(upgraded, Role::Client, Some(config())).await;
+        Ok(Socket { stream, headers, opened: Instant::now() })
+    }
+}
+
+fn config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(16 << 10)
+        .max_message_size(Some(MESSAGE_BYTES))
+        .max_frame_size(Some(MESSAGE_BYTES))
+}
+
+impl Socket {
+    /// The head of the handshake's answer.
+    #[must_use]
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// How long it has been open.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+
+    /// Sends a text frame.
+    ///
+    /// # Errors
+    /// If the connection is lost; the frame may or may not have arrived.
+    pub async fn send(&mut self, text: Utf8Bytes) -> Result<(), Failure> {
+        self.stream.send(Message::Text(text)).await.map_err(|error| broken(&error))
+    }
+
+    /// The next text frame; `None` when upstream closed the socket. Pings are answered here, so an idle socket must be polled too.
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// If the connection breaks, or a message is too large.
+    pub async fn next(&mut self) -> Result<Option<Utf8Bytes>, Failure> {
+        loop {
+            match self.stream.next().await {
+                Some(Ok(Message::Text(text))) => return Ok(Some(text)),
+                Some(Ok(Message::Close(_))) | None => return Ok(None),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(broken(&error)),
+            }
+        }
+    }
+
+    /// Says goodbye and waits shortly for the answer.
+    pub async fn close(mut self) {
+        let frame = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
+        let goodbye = async {
+            self.stream.close(Some(frame)).await?;
+            while self.stream.next().await.transpose()?.is_some() {}
+            Ok::<_, tungstenite::Error>(())
+        };
+        drop(timeout(CLOSE_TIME, goodbye).await);
+    }
+}
+
+fn broken(error: &tungstenite::Error) -> Failure {
+    match error {
+        tungstenite::Error::Capacity(_) => Failure::too_large(MESSAGE_BYTES),
+        _ => Failure::truncated(),
+    }
+}
