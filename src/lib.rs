@@ -1,1 +1,2 @@
 //! Drawbridge.
+pub mod protocol;
