@@ -5,6 +5,7 @@
 pub mod bus;
 pub mod db;
 pub mod ids;
+pub mod protocol;
 pub mod replica;
 pub mod routing;
 pub mod secret;
