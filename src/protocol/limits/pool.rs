@@ -1,0 +1,352 @@
+//! What clients see of the pool's quota, in the three spellings that Codex reads.
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue};
+use serde::Serialize;
+
+use super::Credits;
+
+/// One window of the pool.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PoolWindow {
+    /// Percent used, weighted over the accounts.
+    pub used_percent: f64,
+    /// Its length in minutes.
+    pub window_minutes: u32,
+    /// The earliest reset, epoch seconds; `None` while nothing is used.
+    pub resets_at: Option<i64>,
+}
+
+/// The quota that a client may use, as one account's would look.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PoolView {
+    /// The plan shown. `guest` where the pool is empty, `api_key` where the limits are the key's own.
+    pub plan_type: String,
+    /// The five-hour window.
+    pub primary: Option<PoolWindow>,
+    /// The weekly window.
+    pub secondary: Option<PoolWindow>,
+    /// The monthly window.
+    pub monthly: Option<PoolWindow>,
+    /// No account is left with all its windows below 100 %.
+    pub limit_reached: bool,
+    /// Credits of all accounts together.
+    pub credits: Option<Credits>,
+}
+
+impl PoolView {
+    /// The `x-codex-*` headers, for every answer: Codex blanks its display after one without them.
+    pub fn headers(&self) -> Vec<(HeaderName, HeaderValue)> {
+        let mut pairs = Vec::with_capacity(12);
+        for (window, used_percent, window_minutes, reset_at) in [
+            (
+                self.primary,
+                names::PRIMARY.0,
+                names::PRIMARY.1,
+                names::PRIMARY.2,
+            ),
+            (
+                self.secondary,
+                names::SECONDARY.0,
+                names::SECONDARY.1,
+                names::SECONDARY.2,
+            ),
+            (
+                self.monthly,
+                names::MONTHLY.0,
+                names::MONTHLY.1,
+                names::MONTHLY.2,
+            ),
+        ] {
+            let Some(window) = window else { continue };
+            pairs.push((
+                HeaderName::from_static(used_percent),
+                decimal(window.used_percent),
+            ));
+            pairs.push((
+                HeaderName::from_static(window_minutes),
+                HeaderValue::from(window.window_minutes),
+            ));
+            pairs.extend(
+                window
+                    .resets_at
+                    .map(|at| (HeaderName::from_static(reset_at), HeaderValue::from(at))),
+            );
+        }
+        if let Some(credits) = self.credits {
+            let flag = |flag: bool| HeaderValue::from_static(if flag { "true" } else { "false" });
+            pairs.push((
+                HeaderName::from_static("x-codex-credits-has-credits"),
+                flag(credits.has_credits),
+            ));
+            pairs.push((
+                HeaderName::from_static("x-codex-credits-unlimited"),
+                flag(credits.unlimited),
+            ));
+            pairs.extend(credits.balance.map(|sum| {
+                (
+                    HeaderName::from_static("x-codex-credits-balance"),
+                    decimal(sum),
+                )
+            }));
+        }
+        pairs
+    }
+
+    /// The `codex.rate_limits` event that Codex reads on WebSockets, where answers have no headers.
+    pub fn event(&self) -> Bytes {
+        let window = |window: PoolWindow| EventWindow {
+            used_percent: window.used_percent,
+            window_minutes: window.window_minutes,
+            reset_at: window.resets_at,
+        };
+        json(&Event {
+            kind: "codex.rate_limits",
+            plan_type: &self.plan_type,
+            rate_limits: Limit {
+                allowed: !self.limit_reached,
+                limit_reached: self.limit_reached,
+                windows: EventWindows {
+                    primary: self.primary.map(window),
+                    secondary: self.secondary.map(window),
+                    monthly: self.monthly.map(window),
+                },
+            },
+            credits: self.credits.map(CreditsShown::from),
+        })
+    }
+
+    /// The answer of `GET /api/codex/usage` and `GET /wham/usage`. Its readers demand integers throughout.
+    pub fn usage(&self, now: i64) -> Bytes {
+        let window = |window: PoolWindow| {
+            let length = i64::from(window.window_minutes) * 60;
+            let reset_at = window.resets_at.unwrap_or(now.saturating_add(length));
+            UsageWindow {
+                used_percent: window.used_percent.round().clamp(0.0, 100.0) as u8,
+                limit_window_seconds: length,
+                reset_after_seconds: reset_at.saturating_sub(now).max(0),
+                reset_at,
+            }
+        };
+        json(&Usage {
+            plan_type: &self.plan_type,
+            rate_limit: Limit {
+                allowed: !self.limit_reached,
+                limit_reached: self.limit_reached,
+                windows: UsageWindows {
+                    primary_window: self.primary.map(window),
+                    secondary_window: self.secondary.map(window),
+                    monthly_window: self.monthly.map(window),
+                },
+            },
+            credits: self.credits.map(CreditsShown::from),
+            rate_limit_reset_credits: None,
+            additional_rate_limits: [],
+        })
+    }
+}
+
+/// Header names per slot: used percent, window minutes, reset.
+mod names {
+    type Slot = (&'static str, &'static str, &'static str);
+    pub(super) const PRIMARY: Slot = (
+        "x-codex-primary-used-percent",
+        "x-codex-primary-window-minutes",
+        "x-codex-primary-reset-at",
+    );
+    pub(super) const SECONDARY: Slot = (
+        "x-codex-secondary-used-percent",
+        "x-codex-secondary-window-minutes",
+        "x-codex-secondary-reset-at",
+    );
+    pub(super) const MONTHLY: Slot = (
+        "x-codex-monthly-used-percent",
+        "x-codex-monthly-window-minutes",
+        "x-codex-monthly-reset-at",
+    );
+}
+
+#[derive(Serialize)]
+struct Event<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    plan_type: &'a str,
+    rate_limits: Limit<EventWindows>,
+    credits: Option<CreditsShown>,
+}
+
+#[derive(Serialize)]
+struct Usage<'a> {
+    plan_type: &'a str,
+    rate_limit: Limit<UsageWindows>,
+    credits: Option<CreditsShown>,
+    rate_limit_reset_credits: Option<()>,
+    additional_rate_limits: [(); 0],
+}
+
+#[derive(Serialize)]
+struct Limit<W> {
+    allowed: bool,
+    limit_reached: bool,
+    #[serde(flatten)]
+    windows: W,
+}
+
+#[derive(Serialize)]
+struct EventWindows {
+    primary: Option<EventWindow>,
+    secondary: Option<EventWindow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    monthly: Option<EventWindow>,
+}
+
+#[derive(Serialize)]
+struct UsageWindows {
+    primary_window: Option<UsageWindow>,
+    secondary_window: Option<UsageWindow>,
+    monthly_window: Option<UsageWindow>,
+}
+
+#[derive(Serialize)]
+struct EventWindow {
+    used_percent: f64,
+    window_minutes: u32,
+    reset_at: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct UsageWindow {
+    used_percent: u8,
+    limit_window_seconds: i64,
+    reset_after_seconds: i64,
+    reset_at: i64,
+}
+
+#[derive(Serialize)]
+struct CreditsShown {
+    has_credits: bool,
+    unlimited: bool,
+    balance: Option<String>,
+    approx_local_messages: Option<()>,
+    approx_cloud_messages: Option<()>,
+}
+
+impl From<Credits> for CreditsShown {
+    fn from(credits: Credits) -> Self {
+        Self {
+            has_credits: credits.has_credits,
+            unlimited: credits.unlimited,
+            balance: credits.balance.map(|balance| balance.to_string()),
+            approx_local_messages: None,
+            approx_cloud_messages: None,
+        }
+    }
+}
+
+fn decimal(number: f64) -> HeaderValue {
+    HeaderValue::from_str(&number.to_string()).expect("a number is printable ASCII")
+}
+
+fn json(value: &impl Serialize) -> Bytes {
+    serde_json::to_vec(value)
+        .expect("plain data with string keys serialises")
+        .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::event::{Kind, kind};
+    use crate::protocol::limits::{Window, from_event, from_headers, from_usage};
+    use serde_json::{Value, json};
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn view() -> PoolView {
+        let window = |used_percent, window_minutes, after| PoolWindow {
+            used_percent,
+            window_minutes,
+            resets_at: Some(NOW + after),
+        };
+        PoolView {
+            plan_type: "pro".into(),
+            primary: Some(window(31.4, 300, 4_200)),
+            secondary: Some(window(55.0, 10_080, 90_000)),
+            monthly: None,
+            limit_reached: false,
+            credits: Some(Credits {
+                has_credits: true,
+                unlimited: false,
+                balance: Some(12.5),
+            }),
+        }
+    }
+
+    #[test]
+    fn the_usage_answer_is_the_documented_one() {
+        let usage: Value = serde_json::from_slice(&view().usage(NOW)).expect("JSON");
+        assert_eq!(
+            usage,
+            json!({"plan_type": "pro", "rate_limit": {"allowed": true, "limit_reached": false,
+                "primary_window": {"used_percent": 31, "limit_window_seconds": 18_000, "reset_after_seconds": 4_200, "reset_at": NOW + 4_200},
+                "secondary_window": {"used_percent": 55, "limit_window_seconds": 604_800, "reset_after_seconds": 90_000, "reset_at": NOW + 90_000},
+                "monthly_window": null},
+              "credits": {"has_credits": true, "unlimited": false, "balance": "12.5", "approx_local_messages": null, "approx_cloud_messages": null},
+              "rate_limit_reset_credits": null, "additional_rate_limits": []})
+        );
+    }
+
+    #[test]
+    fn a_window_without_a_reset_starts_now() {
+        let fresh = PoolWindow {
+            used_percent: 0.0,
+            window_minutes: 300,
+            resets_at: None,
+        };
+        let view = PoolView {
+            primary: Some(fresh),
+            ..PoolView::default()
+        };
+        let usage: Value = serde_json::from_slice(&view.usage(NOW)).expect("JSON");
+        assert_eq!(
+            usage["rate_limit"]["primary_window"]["reset_at"],
+            NOW + 18_000
+        );
+    }
+
+    #[test]
+    fn what_we_say_reads_back_as_what_we_meant() {
+        let view = view();
+        assert_eq!(kind(&view.event()), Kind::RateLimits);
+        let observations = [
+            from_headers(&view.headers().into_iter().collect(), NOW).remove(0),
+            from_event(&view.event(), NOW).remove(0),
+            from_usage(&view.usage(NOW), NOW)
+                .expect("an object")
+                .observations
+                .remove(0),
+        ];
+        for observation in observations {
+            assert_eq!(observation.credits, view.credits);
+            let windows: Vec<_> = observation
+                .windows
+                .iter()
+                .map(|w| (w.window, w.used_percent.floor(), w.resets_at))
+                .collect();
+            assert_eq!(
+                windows,
+                [
+                    (Window::FiveHour, 31.0, Some(NOW + 4_200)),
+                    (Window::Weekly, 55.0, Some(NOW + 90_000))
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_known_says_nothing() {
+        assert!(PoolView::default().headers().is_empty());
+        let event: Value = serde_json::from_slice(&PoolView::default().event()).expect("JSON");
+        assert_eq!(event["rate_limits"]["primary"], Value::Null);
+    }
+}
