@@ -1,1 +1,3 @@
 //! Drawbridge.
+
+pub mod db;

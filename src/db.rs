@@ -1,0 +1,3 @@
+//! Postgres: the embedded cluster.
+
+pub mod embedded;
