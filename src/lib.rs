@@ -2,12 +2,24 @@
 //!
 //! The map of the rooms is in `ARCHITECTURE.md`.
 
+pub mod account;
+pub mod api_key;
 pub mod bus;
+pub mod cli;
+pub mod config;
 pub mod db;
+pub mod error;
 pub mod ids;
+pub mod ingress;
+pub mod jobs;
+pub mod ledger;
 pub mod protocol;
+pub mod quota;
 pub mod replica;
 pub mod routing;
 pub mod secret;
+pub mod server;
 pub mod task;
 pub mod telemetry;
+pub mod turn;
+pub mod upstream;

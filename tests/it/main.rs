@@ -1,1 +1,4 @@
-//! it
+//! The promises that need a real Postgres, real sockets or real processes: one file each.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+mod embedded;
