@@ -1,1 +1,377 @@
-//! x
+//! What went wrong upstream, and what to do about it.
+//!
+//! [`Failure`] is one classified failure: from an HTTP answer, an event, a closed socket, a deadline. [`decide`] is the table
+//! from (class, phase, tries) to the next step and to the effect on the account. Neither knows accounts or clients.
+//!
+//! Invariants: nothing is replayed after something visible; an account is blamed only for what another account could have
+//! answered differently; a reset that upstream names is kept to the second, within 366 days.
+
+mod classify;
+mod decide;
+mod hint;
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+
+use super::event::ErrorBody;
+use super::limits::{Family, active_family};
+pub use decide::{Effect, MAX_ACCOUNTS, MAX_SAME_ACCOUNT, Next, Phase, Tries, decide};
+
+/// The deadlines of an attempt, each with a name of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Deadline {
+    /// The connection was not up in time.
+    Connect,
+    /// No response headers, or no handshake, in time.
+    Headers,
+    /// No first event in time.
+    FirstEvent,
+    /// Silence between two events.
+    Idle,
+    /// The turn's whole budget is used up.
+    Total,
+}
+
+impl Deadline {
+    /// The name in metrics, logs and error codes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connect => "upstream_connect_timeout",
+            Self::Headers => "upstream_headers_timeout",
+            Self::FirstEvent => "upstream_first_event_timeout",
+            Self::Idle => "stream_idle_timeout",
+            Self::Total => "upstream_request_timeout",
+        }
+    }
+}
+
+/// What kind of failure it is. It alone, with the phase, decides what happens next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// A usage or rate limit of the account, or a bare 429.
+    RateLimit,
+    /// The account's plan or credit does not cover the request.
+    Quota,
+    /// The access token was refused; a refresh may cure it.
+    Auth,
+    /// The login has ended: unless one refresh cures it, its owner must log in again.
+    ReauthRequired,
+    /// The account itself was deactivated, suspended or deleted.
+    Deactivated,
+    /// Upstream failed: 5xx and its codes.
+    Transient,
+    /// Upstream has no capacity, whoever asks.
+    Overloaded,
+    /// The model is not offered to this account.
+    ModelUnsupported,
+    /// The anchor is unknown to upstream.
+    PreviousResponseNotFound,
+    /// The upstream socket has reached its age or number; a new one will do.
+    ConnectionLimit,
+    /// The request is at fault.
+    Request,
+    /// Our way to upstream failed: DNS, connect, TLS, reset.
+    Network,
+    /// A deadline passed.
+    Timeout(Deadline),
+    /// The stream ended without a terminal event.
+    Truncated,
+    /// An event, or an answer, is larger than the limit.
+    TooLarge,
+    /// The client went away.
+    Cancelled,
+}
+
+impl Class {
+    /// The name in metrics and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RateLimit => "rate_limit",
+            Self::Quota => "quota",
+            Self::Auth => "auth",
+            Self::ReauthRequired => "reauth_required",
+            Self::Deactivated => "deactivated",
+            Self::Transient => "transient",
+            Self::Overloaded => "overloaded",
+            Self::ModelUnsupported => "model_unsupported",
+            Self::PreviousResponseNotFound => "previous_response_not_found",
+            Self::ConnectionLimit => "connection_limit",
+            Self::Request => "request",
+            Self::Network => "network",
+            Self::Timeout(deadline) => deadline.name(),
+            Self::Truncated => "truncated",
+            Self::TooLarge => "too_large",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// One classified failure. Its `Display` names class, status and code; the message is for the client alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What kind it is.
+    pub class: Class,
+    /// The HTTP status, of the answer or of the frame.
+    pub status: Option<u16>,
+    /// Upstream's `code`, or its `type` where it sent no code; lower case.
+    pub code: Option<String>,
+    /// Upstream's error `type`.
+    pub kind: Option<String>,
+    /// The sentence for the client.
+    pub message: String,
+    /// The request field at fault.
+    pub param: Option<String>,
+    /// The plan that upstream named.
+    pub plan_type: Option<String>,
+    /// The limit that was hit.
+    pub family: Family,
+    /// When the limit resets, epoch seconds, exactly as upstream said.
+    pub resets_at: Option<i64>,
+    /// After how long upstream wants to be asked again.
+    pub retry_after: Option<Duration>,
+    /// Upstream's own JSON body, where it is an error that a client understands.
+    pub body: Option<Bytes>,
+    /// When it was observed, epoch seconds.
+    pub observed_at: i64,
+}
+
+impl Failure {
+    /// A failure of our own observation, without a word of upstream.
+    pub fn local(class: Class, message: impl Into<String>, now: i64) -> Self {
+        Self {
+            class,
+            status: None,
+            code: None,
+            kind: None,
+            message: message.into(),
+            param: None,
+            plan_type: None,
+            family: Family::CODEX,
+            resets_at: None,
+            retry_after: None,
+            body: None,
+            observed_at: now,
+        }
+    }
+
+    /// A deadline passed.
+    pub fn timeout(deadline: Deadline, now: i64) -> Self {
+        let message = match deadline {
+            Deadline::Connect => "Upstream could not be reached in time",
+            Deadline::Headers => "Upstream did not answer in time",
+            Deadline::FirstEvent => "Upstream did not start its response in time",
+            Deadline::Idle => "Upstream fell silent",
+            Deadline::Total => "The time for this request is used up",
+        };
+        Self {
+            code: Some(deadline.name().to_owned()),
+            ..Self::local(Class::Timeout(deadline), message, now)
+        }
+    }
+
+    /// The stream ended, cleanly or not, without a terminal event.
+    pub fn truncated(now: i64) -> Self {
+        Self::local(
+            Class::Truncated,
+            "Upstream closed the stream without completing the response",
+            now,
+        )
+    }
+
+    /// An answer of upstream outside 2xx, or a refused WebSocket handshake. `body` may be cut short or not be JSON.
+    pub fn from_http(status: StatusCode, headers: &HeaderMap, body: &Bytes, now: i64) -> Self {
+        let parsed = ErrorBody::parse(body);
+        let shaped = parsed.is_some();
+        let mut error = parsed.unwrap_or_default();
+        error.status = Some(status.as_u16());
+        // The answer's own headers win over those that its body quotes.
+        error.headers.extend(
+            headers
+                .iter()
+                .map(|(name, value)| (name.clone(), value.clone())),
+        );
+        let message = || format!("Upstream answered {status}");
+        let failure = Self::new(&error, message, now);
+        Self {
+            body: shaped.then(|| body.clone()),
+            ..failure
+        }
+    }
+
+    /// An `error` event or frame, or the error of `response.failed`.
+    pub fn from_event(error: &ErrorBody, now: i64) -> Self {
+        Self::new(
+            error,
+            || "Upstream reported a failure without saying which".to_owned(),
+            now,
+        )
+    }
+
+    /// The upstream WebSocket was closed inside a turn.
+    pub fn from_close(code: Option<u16>, now: i64) -> Self {
+        match code {
+            Some(1009) => Self::local(
+                Class::TooLarge,
+                "Upstream refused a message of this size",
+                now,
+            ),
+            _ => Self::truncated(now),
+        }
+    }
+
+    fn new(error: &ErrorBody, message: impl FnOnce() -> String, now: i64) -> Self {
+        Self {
+            class: classify::class(error),
+            status: error.status,
+            code: error
+                .code
+                .as_ref()
+                .or(error.kind.as_ref())
+                .map(|code| code.to_ascii_lowercase()),
+            kind: error.kind.clone(),
+            message: error.message.clone().unwrap_or_else(message),
+            param: error.param.clone(),
+            plan_type: error.plan_type.clone(),
+            family: active_family(&error.headers),
+            resets_at: hint::resets_at(error, now),
+            retry_after: hint::retry_after(error, now),
+            body: None,
+            observed_at: now,
+        }
+    }
+
+    /// Until when upstream does not want this account, epoch seconds, rounded up; `None` where it gave no hint at all.
+    pub fn blocked_until(&self) -> Option<i64> {
+        self.resets_at.or_else(|| {
+            let wait = self.retry_after?;
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            Some(
+                self.observed_at
+                    .saturating_add(i64::try_from(seconds).unwrap_or(i64::MAX)),
+            )
+        })
+    }
+
+    /// The wait that a client is told: at most five minutes, because limits are lifted early and clients give up on days.
+    pub fn client_retry_after(&self) -> Option<Duration> {
+        self.retry_after
+            .map(|wait| wait.min(Duration::from_secs(300)))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.class.name())?;
+        if let Some(status) = self.status {
+            write!(f, " {status}")?;
+        }
+        if let Some(code) = &self.code {
+            write!(f, " {code}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::{HeaderName, HeaderValue};
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn http(status: u16, headers: &[(&'static str, &'static str)], body: &'static str) -> Failure {
+        let headers = headers.iter().map(|(name, value)| {
+            (
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            )
+        });
+        let status = StatusCode::from_u16(status).expect("a status");
+        Failure::from_http(
+            status,
+            &headers.collect(),
+            &Bytes::from_static(body.as_bytes()),
+            NOW,
+        )
+    }
+
+    #[test]
+    fn a_usage_limit_keeps_upstreams_words_and_its_exact_reset() {
+        let body = r#"{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","plan_type":"pro","resets_at":1800003600}}"#;
+        let failure = http(429, &[("retry-after", "5")], body);
+        assert_eq!(failure.class, Class::RateLimit);
+        assert_eq!(failure.code.as_deref(), Some("usage_limit_reached"));
+        assert_eq!(failure.message, "The usage limit has been reached");
+        assert_eq!(failure.plan_type.as_deref(), Some("pro"));
+        assert_eq!(failure.blocked_until(), Some(1_800_003_600));
+        assert_eq!(failure.body.as_deref(), Some(body.as_bytes()));
+        assert_eq!(failure.to_string(), "rate_limit 429 usage_limit_reached");
+    }
+
+    #[test]
+    fn a_burst_limit_blocks_for_its_own_wait_rounded_up() {
+        let failure = http(
+            429,
+            &[],
+            r#"{"error":{"code":"rate_limit_exceeded","message":"Please try again in 1.5s."}}"#,
+        );
+        assert_eq!(failure.resets_at, None);
+        assert_eq!(failure.blocked_until(), Some(NOW + 2));
+        assert_eq!(http(429, &[], "").blocked_until(), None);
+    }
+
+    #[test]
+    fn a_client_is_never_told_to_wait_for_days() {
+        let failure = http(429, &[("retry-after", "90000")], "");
+        assert_eq!(failure.blocked_until(), Some(NOW + 90_000));
+        assert_eq!(failure.client_retry_after(), Some(Duration::from_secs(300)));
+    }
+
+    #[test]
+    fn a_page_instead_of_json_is_not_passed_on() {
+        let failure = http(403, &[], "<html>Cloudflare says no</html>");
+        assert_eq!(
+            (failure.class, failure.body, failure.status),
+            (Class::Request, None, Some(403))
+        );
+        assert_eq!(failure.message, "Upstream answered 403 Forbidden");
+    }
+
+    #[test]
+    fn a_refusal_belongs_to_the_limit_that_upstream_names() {
+        let headers = [
+            ("x-codex-active-limit", "codex_bengalfox"),
+            ("x-codex-bengalfox-primary-used-percent", "100"),
+        ];
+        assert_eq!(
+            http(429, &headers, "").family,
+            Family::new("codex_bengalfox")
+        );
+        let frame = br#"{"type":"error","status":429,"error":{"type":"usage_limit_reached"},
+            "headers":{"x-codex-active-limit":"codex_bengalfox","x-codex-bengalfox-primary-used-percent":"100"}}"#;
+        let error = ErrorBody::parse(frame).expect("an error");
+        assert_eq!(
+            Failure::from_event(&error, NOW).family,
+            Family::new("codex_bengalfox")
+        );
+    }
+
+    #[test]
+    fn a_close_is_a_truncation_unless_it_says_too_big() {
+        assert_eq!(Failure::from_close(Some(1009), NOW).class, Class::TooLarge);
+        for code in [None, Some(1000), Some(1006), Some(1011)] {
+            assert_eq!(Failure::from_close(code, NOW).class, Class::Truncated);
+        }
+    }
+
+    #[test]
+    fn an_error_text_never_shows_a_message() {
+        let failure = Failure::local(Class::Network, "user@example.com", NOW);
+        assert!(!failure.to_string().contains("user"));
+    }
+}
