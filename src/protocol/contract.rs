@@ -202,7 +202,7 @@ impl Contract {
         if let Some(id) = created.response_id {
             self.response_id = id;
         }
-        self.model = created.model.or(self.model.take());
+        self.model = created.model.or_else(|| self.model.take());
     }
 
     /// The `response.created` that is missing before an event with a `response`, and the text that waited for it.
@@ -262,7 +262,7 @@ impl Contract {
         let late = if self.text {
             None
         } else {
-            output::text(output.as_deref().or(response.get("output")))
+            output::text(output.as_deref().or_else(|| response.get("output")))
         };
         if output.is_none() && late.is_none() {
             return Verdict {

@@ -72,7 +72,6 @@ impl Collector {
     }
 }
 
-/// Whether an event without a type is at least JSON; an empty one says nothing and is none the worse for it.
 fn is_json(data: &[u8]) -> bool {
-    data.trim_ascii().is_empty() || serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok()
+    serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok()
 }

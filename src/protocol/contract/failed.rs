@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::protocol::event::ErrorBody;
 use crate::protocol::failure::Failure;
 
-/// The `error` object of the OpenAI envelope, in bodies, events and frames.
+/// The `error` object of the error envelope, in bodies, events and frames.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ErrorObject<'a> {
     /// The sentence for the user.

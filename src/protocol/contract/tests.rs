@@ -1,4 +1,5 @@
 use http::{HeaderMap, HeaderValue};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -401,8 +402,43 @@ fn a_collected_response_fails_for_a_reason() {
     );
 
     let mut collector = Collector::new();
-    collector.push(Kind::Unknown, b"");
+    collector.push(Kind::Comment, b"");
     collector.push(Kind::Unknown, b"{\"no\":\"type\"}");
     collector.push(Kind::Unknown, b"{oops");
     assert_eq!(collector.finish(), Err(CollectError::InvalidJson));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_upstream_sends_the_client_sees_one_whole_stream(picks in prop::collection::vec(0usize..12, 0..20)) {
+        let palette = |sequence: i64, pick: usize| match pick {
+            0 => created(sequence),
+            1 => json!({"type": "response.in_progress", "sequence_number": sequence, "response": {"id": "resp_1"}}),
+            2 => completed(sequence, &json!([])),
+            3 => completed(sequence, &json!([message("late")])),
+            4 => json!({"type": "response.incomplete", "response": {}}),
+            5 => json!({"type": "response.failed", "sequence_number": sequence, "response": {"error": null}}),
+            6 => json!({"type": "error"}),
+            7 => json!({"type": "codex.rate_limits"}),
+            8 => done(sequence, sequence % 3, &message("item")),
+            9 => json!({"type": "response.output_text.delta", "delta": "x"}),
+            10 => json!({"type": "response.completed"}),
+            _ => delta(sequence, "x"),
+        };
+        let events: Vec<Value> = (1..).zip(picks).map(|(sequence, pick)| palette(sequence, pick)).collect();
+        let mut contract = Contract::new("resp_ours", NOW);
+        let mut seen = relay(&mut contract, &events);
+        seen.extend(contract.fail(&ErrorObject::default()).iter().map(parse));
+
+        let types = types(&seen);
+        prop_assert_eq!(types[0], "response.created");
+        let terminal = |name: &&str| ["response.completed", "response.incomplete", "response.failed"].contains(name);
+        prop_assert!(types.last().is_some_and(terminal), "{:?}", types);
+        prop_assert_eq!(types.iter().filter(|name| terminal(name)).count(), 1);
+        prop_assert_eq!(types.iter().filter(|name| **name == "response.created").count(), 1);
+        let numbers: Vec<i64> = seen.iter().filter_map(|event| event["sequence_number"].as_i64()).collect();
+        prop_assert!(numbers.is_sorted_by(|a, b| a < b), "{:?}", numbers);
+    }
 }
