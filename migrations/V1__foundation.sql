@@ -110,8 +110,10 @@ create table api_keys (
 );
 
 -- The ledger: one row per turn. An open row is a reservation. attempts is an array, one element per try of the turn at an account.
+-- A turn's id is that of its first request; request_id is that of its newest, which holds it while it is open. opened_at follows it.
 create table turns (
     turn_id uuid primary key,
+    request_id uuid not null,
     scope_id uuid not null,
     api_key_id uuid,
     client_turn_id text,
@@ -140,17 +142,19 @@ create table turns (
 create index turns_client on turns (scope_id, client_turn_id, turn_id desc) where client_turn_id is not null;
 create index turns_open on turns (boot_id) where state = 'open';
 
--- One row per answered request, written in batches; day is that of the id, so a repeated batch changes nothing.
+-- One row per answered request, written in batches; day is that of the turn's id, so a repeated batch changes nothing.
+-- A request that never became a turn has its own id in both places. status is null where the process died with the answer.
 create table request_log (
     day date not null,
     turn_id uuid not null,
+    request_id uuid not null,
     scope_id uuid not null,
     api_key_id uuid,
     account_id uuid,
     route text not null,
     transport text not null,
     model text,
-    status integer not null,
+    status integer,
     outcome text not null,
     reason text,
     error_code text,
@@ -165,5 +169,6 @@ create table request_log (
     total_ms integer not null,
     user_agent text,
     explanation jsonb,
-    primary key (day, turn_id)
+    written_at timestamptz not null default clock_timestamp(),
+    primary key (day, turn_id, request_id)
 );

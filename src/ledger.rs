@@ -1,0 +1,149 @@
+//! The ledger: what every turn used, booked once.
+//!
+//! A row of `turns` is a turn: while it is open it is a reservation, and its attempts are recorded before anything of them is sent. Settling
+//! closes it, once. What each attempt used is what upstream reported, or an estimate that is marked as one; the row holds the sums. The
+//! rows of `request_log` tell the same per request and are written off the path; both agree by construction, since whoever books a turn
+//! writes its log, and a log row that exists is never changed.
+//!
+//! It knows nothing of clients and connections: callers say what happened.
+
+mod attempt;
+mod log;
+pub mod price;
+mod store;
+mod sweep;
+mod turn;
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use self::log::{Entry, RequestLog};
+pub use self::{
+    attempt::{Attempt, End, Metered, Totals, Try},
+    store::STATEMENTS,
+    sweep::{Reconciliation, Side},
+    turn::{Answer, Opened, Opening, Outcome, Request, Settlement, Sticky},
+};
+use crate::{
+    db::{Class, Db, Error},
+    ids::BootId,
+    task::Tasks,
+    telemetry,
+};
+
+/// The ledger of one process. Clones share the request log's queue.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    db: Db,
+    boot: BootId,
+    log: RequestLog,
+}
+
+impl Ledger {
+    /// The ledger as this incarnation writes it. [`Ledger::run`] must run for the request log to be written.
+    #[must_use]
+    pub fn new(db: &Db, boot: BootId) -> Self {
+        Self {
+            db: db.clone(),
+            boot,
+            log: RequestLog::new(db),
+        }
+    }
+
+    /// Reserves: opens the turn, with its first attempt, before anything is sent. A request that repeats one which did not complete reopens
+    /// that turn.
+    ///
+    /// # Errors
+    /// Of the statement; then nothing may be sent, and [`Ledger::withdraw`] takes back what may have been written.
+    pub async fn open(&self, opening: Opening) -> Result<Opened, Error> {
+        let first = Attempt::begin(opening.request.id, self.boot, opening.first);
+        let (turn, earlier) = store::open(&self.db, self.boot, &opening, &first).await?;
+        Ok(Opened::new(opening.request, turn, earlier, first))
+    }
+
+    /// Records a further attempt, before anything of it is sent. False if the turn is no longer ours: nothing may be sent.
+    ///
+    /// # Errors
+    /// Of the statement; then nothing may be sent.
+    pub async fn attempt(&self, opened: &mut Opened, next: Try) -> Result<bool, Error> {
+        opened.begin(Attempt::begin(opened.request().id, self.boot, next));
+        store::attempt(&self.db, opened).await
+    }
+
+    /// Books the turn (one try). An attempt that has not ended counts as cut. True if this call booked it; false if it was booked before: by
+    /// a call whose reply was lost, or by the sweep, as lost.
+    ///
+    /// # Errors
+    /// Of the statement; whether it was booked is then unknown, and repeating is safe.
+    pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<bool, Error> {
+        let opened = opened.closed();
+        let booked = store::settle(&self.db, &opened, settlement).await?;
+        // Also when it was booked before: the log ignores what it has.
+        self.log.push(Entry::of_turn(&opened, &settlement.answer));
+        Ok(booked)
+    }
+
+    /// Books the turn in the background, as often as it takes. The sweep books it if this process dies first.
+    pub fn settle_until_booked(self, opened: Opened, settlement: Settlement, tasks: &Tasks) {
+        telemetry::count("drawbridge_ledger_late_settlements_total");
+        drop(tasks.spawn("settle", async move {
+            let mut backoff = Backoff::default();
+            while let Err(error) = self.settle(&opened, &settlement).await {
+                if !backoff.pause(&error).await {
+                    return;
+                }
+            }
+        }));
+    }
+
+    /// Takes back, in the background, an opening whose answer was lost: nothing was sent.
+    pub fn withdraw(self, request: &Request, tasks: &Tasks) {
+        let request = request.id;
+        drop(tasks.spawn("withdraw", async move {
+            let mut backoff = Backoff::default();
+            while let Err(error) = store::withdraw(&self.db, self.boot, request).await {
+                if !backoff.pause(&error).await {
+                    return;
+                }
+            }
+        }));
+    }
+
+    /// Logs a request that was answered without a turn.
+    pub fn refuse(&self, request: &Request, answer: &Answer) {
+        self.log.push(Entry::of_request(request, answer));
+    }
+
+    /// Writes the request log until [`Ledger::flush`].
+    pub async fn run(self) {
+        self.log.run().await;
+    }
+
+    /// Writes what is queued, at most for `patience`, and ends [`Ledger::run`]. Called when the last turn has ended.
+    pub async fn flush(&self, patience: Duration) {
+        if timeout(patience, self.log.close()).await.is_err() {
+            tracing::warn!("the request log was not written completely");
+        }
+    }
+}
+
+/// Between two tries of what must be booked: 100 ms to 5 s.
+#[derive(Default)]
+struct Backoff {
+    tries: u32,
+}
+
+impl Backoff {
+    /// Waits. False if another try cannot heal the error: then the sweep will book it.
+    async fn pause(&mut self, error: &Error) -> bool {
+        if *error.class() == Class::Bug {
+            tracing::error!(%error, "a turn is left to the sweep");
+            return false;
+        }
+        tracing::debug!(%error, "a turn is not booked yet");
+        sleep(Duration::from_millis(100 << self.tries.min(5)).min(Duration::from_secs(5))).await;
+        self.tries += 1;
+        true
+    }
+}

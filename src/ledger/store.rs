@@ -1,0 +1,368 @@
+//! Statements of `turns` and `request_log`, and the sticky preference that a settlement leaves.
+
+use std::{borrow::Cow, time::Duration};
+
+use tokio_postgres::types::Json;
+
+use super::{
+    attempt::{Attempt, millis},
+    log::Entry,
+    sweep::{Found, Lost, Range, Reconciliation, Side},
+    turn::{Opened, Opening, Settlement},
+};
+use crate::{
+    db::{Db, Error, LockClass},
+    ids::{BootId, TurnId},
+    secret, statements,
+};
+
+/// Columns of `request_log` that an entry fills.
+macro_rules! log_columns {
+    () => {
+        "day, turn_id, request_id, scope_id, api_key_id, account_id, route, transport, model, status, outcome, reason, error_code, \
+         attempts, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, cost_nanodollars, estimated, first_event_ms, \
+         total_ms, user_agent, explanation"
+    };
+}
+
+statements! { "ledger";
+    /// Two racing retries lock the same row: the second waits, finds it open again, and becomes a turn of its own, as does a request whose
+    /// predecessor still runs. The row's previous sums stay until it is settled again. A fresh id cannot conflict.
+    OPEN: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB] = "
+        with newest as (
+            select turn_id from turns where scope_id = $2 and client_turn_id = $4 order by turn_id desc limit 1
+        ), reopened as (
+            update turns t set state = 'open', request_id = $1, api_key_id = $3, boot_id = $5, route = $6, transport = $7, model = $8,
+                account_id = $9, attempts = t.attempts || $10, requests = t.requests + 1, outcome = null, reason = null,
+                response_id = null, opened_at = clock_timestamp(), settled_at = null
+            from newest
+            where t.turn_id = newest.turn_id and t.state <> 'open' and t.outcome <> 'completed' and t.requests < 32
+            returning t.turn_id, t.attempts
+        ), inserted as (
+            insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
+            select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where not exists (select from reopened)
+            returning turn_id, attempts
+        )
+        select * from reopened union all select * from inserted";
+
+    /// Only the process that holds the turn knows `request_id`, so it is the fence. A swept turn is not open.
+    ATTEMPT: [UUID, UUID, UUID, JSONB] = "
+        update turns set attempts = $4, account_id = $3 where turn_id = $1 and request_id = $2 and state = 'open'";
+
+    /// Fence as in ATTEMPT; a repeated call finds the turn closed. The account is locked first (lock order) so that it cannot vanish under
+    /// the preference; a preference that says the same is only prolonged when an eighth of its time has passed.
+    SETTLE: [UUID, UUID, TEXT, TEXT, TEXT, TEXT, UUID, JSONB, INT8, INT8, INT8, INT8, INT8, BOOL, INT4, INT4, TEXT, BYTEA, UUID, FLOAT8] = "
+        with seat as (
+            select account_id from accounts where account_id = $19 for key share
+        ), booked as (
+            update turns set state = $3, outcome = $4, reason = $5, response_id = $6, account_id = $7, attempts = $8, input_tokens = $9,
+                cached_input_tokens = $10, output_tokens = $11, reasoning_tokens = $12, cost_nanodollars = $13, estimated = $14,
+                first_event_ms = $15, total_ms = $16, settled_at = clock_timestamp()
+            where turn_id = $1 and request_id = $2 and state = 'open' and (select count(*) from seat) >= 0
+            returning scope_id
+        ), preferred as (
+            insert into sticky_sessions as s (scope_id, key_kind, key_hash, account_id, expires_at)
+            select scope_id, $17, $18, account_id, clock_timestamp() + make_interval(secs => $20) from booked, seat
+            on conflict (scope_id, key_kind, key_hash) do update
+            set account_id = excluded.account_id, expires_at = excluded.expires_at,
+                moved_at = case when s.account_id = excluded.account_id then s.moved_at else excluded.moved_at end
+            where s.account_id <> excluded.account_id or s.expires_at < excluded.expires_at - make_interval(secs => $20 / 8)
+        )
+        select count(*) from booked";
+
+    /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt.
+    WITHDRAW: [UUID, UUID] = "
+        update turns set state = case when requests > 1 then 'settled' else 'released' end, outcome = 'failed', reason = 'withdrawn',
+            attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
+        where boot_id = $1 and request_id = $2 and state = 'open'";
+
+    /// An entry that is there stays as it is.
+    LOG: [JSONB] = concat!("
+        insert into request_log (", log_columns!(), ")
+        select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $1)
+        on conflict do nothing");
+
+    /// A plain read: BOOK_LOST decides. A tombstone is never taken back; an incarnation registers before it opens turns.
+    FIND_LOST: [FLOAT8, INT8] = "
+        select turn_id, request_id, scope_id, api_key_id, route, transport, model, outcome, reason, first_event_ms, total_ms, attempts
+        from turns t
+        where state = 'open' and (opened_at < clock_timestamp() - make_interval(secs => $1)
+            or not exists (select from bridge_replicas r where r.boot_id = t.boot_id and r.dead_at is null))
+        limit $2";
+
+    /// Books a turn only as it was read: not if its owner settled it or began an attempt, nor if a retry or another sweep has it.
+    /// The log follows the booking in one statement.
+    BOOK_LOST: [JSONB, JSONB] = concat!("
+        with lost as (
+            select * from jsonb_to_recordset($1) as lost(turn_id uuid, request_id uuid, attempts jsonb, input_tokens bigint,
+                output_tokens bigint, cached_input_tokens bigint, reasoning_tokens bigint, cost_nanodollars bigint)
+        ), booked as (
+            update turns t set state = 'settled', outcome = 'lost', attempts = lost.attempts, input_tokens = lost.input_tokens,
+                cached_input_tokens = lost.cached_input_tokens, output_tokens = lost.output_tokens,
+                reasoning_tokens = lost.reasoning_tokens, cost_nanodollars = lost.cost_nanodollars, estimated = true,
+                settled_at = clock_timestamp()
+            from lost
+            where t.turn_id = lost.turn_id and t.request_id = lost.request_id and t.state = 'open'
+                and jsonb_array_length(t.attempts) = jsonb_array_length(lost.attempts)
+            returning t.turn_id
+        ), logged as (
+            insert into request_log (", log_columns!(), ")
+            select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $2) join booked using (turn_id)
+            on conflict do nothing
+        )
+        select count(*) from booked");
+
+    /// Turns whose log was lost with the process that queued it. A plain read; LOG ignores what has come since.
+    FIND_UNLOGGED: [UUID, UUID, DATE, DATE, INT8] = "
+        select turn_id, request_id, scope_id, api_key_id, route, transport, model, outcome, reason, first_event_ms, total_ms, attempts
+        from turns t
+        where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
+            and requests > (select count(*) from request_log l where l.day between $3 and $4 and l.turn_id = t.turn_id)
+        limit $5";
+
+    /// One snapshot of both sides. Requests without an attempt used nothing and are no turns.
+    RECONCILE: [UUID, UUID, DATE, DATE] = "
+        with booked as (
+            select turn_id, jsonb_array_length(attempts)::bigint attempts, input_tokens, cached_input_tokens, output_tokens,
+                reasoning_tokens, cost_nanodollars, estimated
+            from turns where turn_id >= $1 and turn_id < $2 and state <> 'open' and jsonb_array_length(attempts) > 0
+        ), logged as (
+            select turn_id, sum(attempts)::bigint attempts, sum(input_tokens)::bigint input_tokens,
+                sum(cached_input_tokens)::bigint cached_input_tokens, sum(output_tokens)::bigint output_tokens,
+                sum(reasoning_tokens)::bigint reasoning_tokens,
+                case when bool_and(cost_nanodollars is not null) then sum(cost_nanodollars)::bigint end cost_nanodollars,
+                bool_or(estimated) estimated
+            from request_log where day between $3 and $4 and turn_id >= $1 and turn_id < $2 and attempts > 0 group by turn_id
+        ), sides as (
+            select false logged, * from booked union all select true, * from logged
+        ), summed as (
+            select logged, count(*) turns, coalesce(sum(attempts), 0)::bigint, coalesce(sum(input_tokens), 0)::bigint,
+                coalesce(sum(cached_input_tokens), 0)::bigint, coalesce(sum(output_tokens), 0)::bigint,
+                coalesce(sum(reasoning_tokens), 0)::bigint, coalesce(sum(cost_nanodollars), 0)::bigint,
+                count(*) filter (where estimated)
+            from sides group by logged
+        ), one_sided as (
+            select turn_id from (select * from booked except select * from logged) b
+            union select turn_id from (select * from logged except select * from booked) l
+        )
+        select *, array(select turn_id from one_sided limit 100) from summed";
+
+    /// The transaction-level lock lasts as long as the statement: one replica at a time deletes.
+    PRUNE: [INT4, INT4, INT4, INT8] = "
+        with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
+        old as (
+            select day, turn_id, request_id from request_log
+            where (select mine from turn) and day < (clock_timestamp() at time zone 'utc')::date - $3
+            limit $4
+        )
+        delete from request_log l using old where (l.day, l.turn_id, l.request_id) = (old.day, old.turn_id, old.request_id)";
+}
+
+/// Yields the turn and its earlier attempts.
+pub(super) async fn open(
+    db: &Db,
+    boot: BootId,
+    opening: &Opening,
+    first: &Attempt,
+) -> Result<(TurnId, Vec<Attempt>), Error> {
+    let request = &opening.request;
+    let row = db
+        .one(
+            &OPEN,
+            &[
+                &request.id,
+                &request.scope,
+                &request.api_key,
+                &opening.client_turn.as_deref().map(client_turn),
+                &boot,
+                &request.route,
+                &request.transport,
+                &plain(&request.model, 100),
+                &first.account_id,
+                &Json([first]),
+            ],
+        )
+        .await?;
+    let Json(mut attempts): Json<Vec<Attempt>> = row.try_get(1)?;
+    attempts.pop();
+    Ok((row.try_get(0)?, attempts))
+}
+
+pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {
+    let attempts = Json(opened.all_attempts());
+    db.exec(
+        &ATTEMPT,
+        &[
+            &opened.turn(),
+            &opened.request().id,
+            &opened.account(),
+            &attempts,
+        ],
+    )
+    .await
+    .map(|rows| rows == 1)
+}
+
+pub(super) async fn settle(
+    db: &Db,
+    opened: &Opened,
+    settlement: &Settlement,
+) -> Result<bool, Error> {
+    let totals = opened.totals();
+    let [input, cached, output, reasoning] = columns(&totals.usage);
+    let state = if input == 0 && output == 0 {
+        "released"
+    } else {
+        "settled"
+    };
+    let answer = &settlement.answer;
+    let sticky = settlement.sticky.as_ref();
+    let row = db
+        .one(
+            &SETTLE,
+            &[
+                &opened.turn(),
+                &opened.request().id,
+                &state,
+                &answer.outcome.as_str(),
+                &answer.reason,
+                &settlement.response_id.as_deref().map(|id| plain(id, 200)),
+                &opened.account(),
+                &Json(opened.all_attempts()),
+                &input,
+                &cached,
+                &output,
+                &reasoning,
+                &totals.cost,
+                &totals.estimated,
+                &answer.first_event.map(millis),
+                &millis(answer.total),
+                &sticky.map(|sticky| sticky.kind),
+                &sticky.map(|sticky| sticky.hash.as_slice()),
+                &sticky.map(|sticky| sticky.account),
+                &sticky.map(|sticky| sticky.ttl.as_secs_f64()),
+            ],
+        )
+        .await?;
+    Ok(row.try_get::<_, i64>(0)? == 1)
+}
+
+pub(super) async fn withdraw(db: &Db, boot: BootId, request: TurnId) -> Result<(), Error> {
+    db.exec(&WITHDRAW, &[&boot, &request]).await.map(drop)
+}
+
+pub(super) async fn log(db: &Db, entries: &[Entry]) -> Result<(), Error> {
+    db.exec(&LOG, &[&Json(entries)]).await.map(drop)
+}
+
+pub(super) async fn find_lost(
+    db: &Db,
+    patience: Duration,
+    limit: i64,
+) -> Result<Vec<Found>, Error> {
+    let rows = db
+        .all(&FIND_LOST, &[&patience.as_secs_f64(), &limit])
+        .await?;
+    rows.iter().map(found).collect()
+}
+
+pub(super) async fn book_lost(db: &Db, lost: &[Lost], entries: &[Entry]) -> Result<i64, Error> {
+    let row = db.one(&BOOK_LOST, &[&Json(lost), &Json(entries)]).await?;
+    Ok(row.try_get(0)?)
+}
+
+pub(super) async fn find_unlogged(db: &Db, range: &Range, limit: i64) -> Result<Vec<Found>, Error> {
+    let Range { ids, days } = range;
+    let rows = db
+        .all(
+            &FIND_UNLOGGED,
+            &[&ids.start, &ids.end, &days.0, &days.1, &limit],
+        )
+        .await?;
+    rows.iter().map(found).collect()
+}
+
+fn found(row: &tokio_postgres::Row) -> Result<Found, Error> {
+    let Json(attempts) = row.try_get("attempts")?;
+    Ok(Found {
+        turn: row.try_get("turn_id")?,
+        request: row.try_get("request_id")?,
+        scope: row.try_get("scope_id")?,
+        api_key: row.try_get("api_key_id")?,
+        route: row.try_get("route")?,
+        transport: row.try_get("transport")?,
+        model: row.try_get("model")?,
+        outcome: row.try_get("outcome")?,
+        reason: row.try_get("reason")?,
+        first_event_ms: row.try_get("first_event_ms")?,
+        total_ms: row.try_get("total_ms")?,
+        attempts,
+    })
+}
+
+pub(super) async fn reconcile(db: &Db, range: &Range) -> Result<Reconciliation, Error> {
+    let Range { ids, days } = range;
+    let mut reconciliation = Reconciliation::default();
+    for row in db
+        .all(&RECONCILE, &[&ids.start, &ids.end, &days.0, &days.1])
+        .await?
+    {
+        let side = Side {
+            turns: row.try_get(1)?,
+            attempts: row.try_get(2)?,
+            input_tokens: row.try_get(3)?,
+            cached_input_tokens: row.try_get(4)?,
+            output_tokens: row.try_get(5)?,
+            reasoning_tokens: row.try_get(6)?,
+            cost_nanodollars: row.try_get(7)?,
+            estimated: row.try_get(8)?,
+        };
+        if row.try_get(0)? {
+            reconciliation.log = side;
+        } else {
+            reconciliation.turns = side;
+        }
+        reconciliation.differing = row.try_get(9)?;
+    }
+    Ok(reconciliation)
+}
+
+pub(super) async fn prune(db: &Db, days: i32, limit: i64) -> Result<u64, Error> {
+    /// The job within its class of locks.
+    const REQUEST_LOG: i32 = 1;
+    db.exec(
+        &PRUNE,
+        &[&(LockClass::Job as i32), &REQUEST_LOG, &days, &limit],
+    )
+    .await
+}
+
+/// Text of others as a column takes it: without NUL, and not longer than `most` bytes.
+pub(super) fn plain(text: &str, most: usize) -> Cow<'_, str> {
+    let text = &text[..text.floor_char_boundary(most)];
+    if text.contains('\0') {
+        Cow::Owned(text.replace('\0', ""))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+/// An index takes keys of limited length: a long one is kept as its digest.
+fn client_turn(text: &str) -> Cow<'_, str> {
+    if text.len() <= 100 && !text.contains('\0') {
+        return Cow::Borrowed(text);
+    }
+    let digest = secret::digest(&[text.as_bytes()]);
+    Cow::Owned(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Input, cached input, output, reasoning.
+pub(super) fn columns(usage: &crate::protocol::usage::Usage) -> [i64; 4] {
+    [
+        usage.input,
+        usage.cached_input,
+        usage.output,
+        usage.reasoning,
+    ]
+    .map(|count| i64::try_from(count).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,209 @@
+//! The life of a turn in the ledger: what is known when it opens, while it is open, and when it settles.
+
+use std::{borrow::Cow, time::Duration};
+
+use serde_json::Value;
+
+use super::attempt::{Attempt, End, Totals, Try};
+use crate::ids::{AccountId, ApiKeyId, ScopeId, TurnId};
+
+/// One request of a client, answered or not.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Drawn on arrival. It is the turn's id, too, unless the request turns out to be a retry.
+    pub id: TurnId,
+    /// Whose.
+    pub scope: ScopeId,
+    /// Under which key.
+    pub api_key: Option<ApiKeyId>,
+    /// Which of our routes.
+    pub route: &'static str,
+    /// The client's: `http` or `websocket`.
+    pub transport: &'static str,
+    /// As asked for; empty where the request was not understood.
+    pub model: String,
+    /// The client's own description of itself.
+    pub user_agent: Option<String>,
+}
+
+/// What is known of a turn when it begins.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// The request.
+    pub request: Request,
+    /// The turn's id as the client counts, where it has one: how a retry is recognised.
+    pub client_turn: Option<String>,
+    /// The first attempt.
+    pub first: Try,
+}
+
+/// A turn that this process holds open. It owns the list of attempts.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    request: Request,
+    turn: TurnId,
+    attempts: Vec<Attempt>,
+}
+
+impl Opened {
+    pub(super) fn new(
+        request: Request,
+        turn: TurnId,
+        earlier: Vec<Attempt>,
+        first: Attempt,
+    ) -> Self {
+        let mut attempts = earlier;
+        attempts.push(first);
+        Self {
+            request,
+            turn,
+            attempts,
+        }
+    }
+
+    /// The row of the ledger: the id of the first request of this turn.
+    #[must_use]
+    pub fn turn(&self) -> TurnId {
+        self.turn
+    }
+
+    /// The request.
+    #[must_use]
+    pub fn request(&self) -> &Request {
+        &self.request
+    }
+
+    /// Whether an earlier request of the same turn did not complete.
+    #[must_use]
+    pub fn is_retry(&self) -> bool {
+        self.turn != self.request.id
+    }
+
+    /// The attempts of this request, in order.
+    pub fn attempts(&self) -> impl Iterator<Item = &Attempt> {
+        let request = self.request.id;
+        self.attempts
+            .iter()
+            .filter(move |attempt| attempt.request == request)
+    }
+
+    /// Ends the attempt that runs; nothing is written until the next one or the settlement.
+    pub fn end(&mut self, end: End) {
+        if let Some(attempt) = self.attempts.last_mut() {
+            attempt.end(&self.request.model, end);
+        }
+    }
+
+    pub(super) fn begin(&mut self, next: Attempt) {
+        self.lose_running();
+        self.attempts.push(next);
+    }
+
+    /// The same with no attempt running.
+    pub(super) fn closed(&self) -> Cow<'_, Self> {
+        if self.attempts.iter().any(Attempt::runs) {
+            let mut closed = self.clone();
+            closed.lose_running();
+            Cow::Owned(closed)
+        } else {
+            Cow::Borrowed(self)
+        }
+    }
+
+    fn lose_running(&mut self) {
+        for attempt in self.attempts.iter_mut().filter(|attempt| attempt.runs()) {
+            attempt.lose(&self.request.model);
+        }
+    }
+
+    pub(super) fn all_attempts(&self) -> &[Attempt] {
+        &self.attempts
+    }
+
+    /// Where the last attempt went.
+    pub(super) fn account(&self) -> Option<AccountId> {
+        self.attempts.last().map(|attempt| attempt.account_id)
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        Totals::of(&self.attempts)
+    }
+}
+
+/// How a request ended for the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The response is whole.
+    Completed,
+    /// The response ended early by upstream's own rules.
+    Incomplete,
+    /// An error of the upstream, or of ours.
+    Failed,
+    /// The client went away.
+    Cancelled,
+    /// Refused before an attempt could be made.
+    Refused,
+    /// The process died, or never said.
+    Lost,
+    /// The client did not read what it asked for.
+    SlowConsumer,
+}
+
+impl Outcome {
+    /// The word in the database, in JSON and in metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Incomplete => "incomplete",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Refused => "refused",
+            Self::Lost => "lost",
+            Self::SlowConsumer => "slow_consumer",
+        }
+    }
+}
+
+/// What the client got.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// In a word.
+    pub outcome: Outcome,
+    /// The HTTP status; over a WebSocket the one in the frame, 200 for a response.
+    pub status: u16,
+    /// Why, where that is not obvious: a bounded set of words.
+    pub reason: Option<&'static str>,
+    /// The code in the error that the client saw.
+    pub error_code: Option<Cow<'static, str>>,
+    /// From arrival to the first event that went out.
+    pub first_event: Option<Duration>,
+    /// From arrival to the end.
+    pub total: Duration,
+    /// Why this account and this path, for `explain`.
+    pub explanation: Option<Value>,
+}
+
+/// How a turn is closed.
+#[derive(Clone, Debug)]
+pub struct Settlement {
+    /// What the client got.
+    pub answer: Answer,
+    /// Upstream's id of the response.
+    pub response_id: Option<String>,
+    /// Where the next turn of the same conversation should go.
+    pub sticky: Option<Sticky>,
+}
+
+/// A durable preference, in the scope of the turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Sticky {
+    /// What the key is: `thread`, `prompt_cache_key`...
+    pub kind: &'static str,
+    /// SHA-256 of the length-framed kind and value.
+    pub hash: [u8; 32],
+    /// The account.
+    pub account: AccountId,
+    /// How long it holds from now.
+    pub ttl: Duration,
+}
