@@ -48,6 +48,8 @@ pub enum Kind {
     Codex,
     /// The `[DONE]` marker.
     Done,
+    /// No data at all: a comment that keeps the connection alive.
+    Comment,
     /// Any other typed event: part of the model's output.
     Other,
     /// Without a type that could be read.
@@ -98,7 +100,7 @@ impl Kind {
             | Self::Incomplete => true,
             Self::Other | Self::Unknown => true,
             Self::Created | Self::InProgress | Self::Failed | Self::Error => false,
-            Self::Metadata | Self::RateLimits | Self::Codex | Self::Done => false,
+            Self::Metadata | Self::RateLimits | Self::Codex | Self::Done | Self::Comment => false,
         }
     }
 }
@@ -107,8 +109,11 @@ impl Kind {
 pub fn kind(data: &[u8]) -> Kind {
     match event_type(data) {
         Some(name) => Kind::of_type(&name),
-        None if data.trim_ascii() == b"[DONE]" => Kind::Done,
-        None => Kind::Unknown,
+        None => match data.trim_ascii() {
+            b"" => Kind::Comment,
+            b"[DONE]" => Kind::Done,
+            _ => Kind::Unknown,
+        },
     }
 }
 
@@ -291,7 +296,7 @@ mod tests {
             (r#"{"type":7}"#, Kind::Unknown),
             (r#"{"item":{"type":"error"}}"#, Kind::Unknown),
             ("{}", Kind::Unknown),
-            ("", Kind::Unknown),
+            ("", Kind::Comment),
             ("{\"type\":\"response.crea", Kind::Unknown),
         ];
         for (data, expected) in cases {
@@ -303,7 +308,7 @@ mod tests {
     fn nothing_but_the_quiet_kinds_may_be_replayed() {
         use Kind::*;
         let quiet = [
-            Created, InProgress, Failed, Error, Metadata, RateLimits, Codex, Done,
+            Created, InProgress, Failed, Error, Metadata, RateLimits, Codex, Done, Comment,
         ];
         let visible = [
             OutputItemAdded,

@@ -141,10 +141,18 @@ pub struct Failure {
 impl Failure {
     /// A failure of our own observation, without a word of upstream.
     pub fn local(class: Class, message: impl Into<String>, now: i64) -> Self {
+        let code = match class {
+            Class::Network => Some("upstream_unavailable"),
+            Class::Timeout(deadline) => Some(deadline.name()),
+            Class::Truncated => Some("upstream_premature_close"),
+            Class::TooLarge => Some("stream_event_too_large"),
+            Class::Cancelled => Some("client_disconnected"),
+            _ => None,
+        };
         Self {
             class,
             status: None,
-            code: None,
+            code: code.map(str::to_owned),
             kind: None,
             message: message.into(),
             param: None,
@@ -166,10 +174,7 @@ impl Failure {
             Deadline::Idle => "Upstream fell silent",
             Deadline::Total => "The time for this request is used up",
         };
-        Self {
-            code: Some(deadline.name().to_owned()),
-            ..Self::local(Class::Timeout(deadline), message, now)
-        }
+        Self::local(Class::Timeout(deadline), message, now)
     }
 
     /// The stream ended, cleanly or not, without a terminal event.
@@ -193,6 +198,9 @@ impl Failure {
                 .iter()
                 .map(|(name, value)| (name.clone(), value.clone())),
         );
+        if !shaped {
+            error.message = plain_text(body);
+        }
         let message = || format!("Upstream answered {status}");
         let failure = Self::new(&error, message, now);
         Self {
@@ -223,6 +231,8 @@ impl Failure {
     }
 
     fn new(error: &ErrorBody, message: impl FnOnce() -> String, now: i64) -> Self {
+        let retry_after = hint::retry_after(error, now);
+        let resets_at = hint::resets_at(error, now);
         Self {
             class: classify::class(error),
             status: error.status,
@@ -236,8 +246,13 @@ impl Failure {
             param: error.param.clone(),
             plan_type: error.plan_type.clone(),
             family: active_family(&error.headers),
-            resets_at: hint::resets_at(error, now),
-            retry_after: hint::retry_after(error, now),
+            // A refusal that names no time still comes with the windows that it is about.
+            resets_at: resets_at.or_else(|| {
+                retry_after
+                    .is_none()
+                    .then(|| hint::exhausted_until(error, now))?
+            }),
+            retry_after,
             body: None,
             observed_at: now,
         }
@@ -260,6 +275,13 @@ impl Failure {
         self.retry_after
             .map(|wait| wait.min(Duration::from_secs(300)))
     }
+}
+
+/// A body that is a plain sentence, not a page.
+fn plain_text(body: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(body).ok()?.trim();
+    (!text.is_empty() && text.len() <= 512 && !text.starts_with(['<', '{', '[']))
+        .then(|| text.to_owned())
 }
 
 impl fmt::Display for Failure {
@@ -340,6 +362,37 @@ mod tests {
             (Class::Request, None, Some(403))
         );
         assert_eq!(failure.message, "Upstream answered 403 Forbidden");
+    }
+
+    #[test]
+    fn a_plain_sentence_is_passed_on() {
+        let failure = http(503, &[], "upstream connect error, try again in 2s\n");
+        assert_eq!(failure.message, "upstream connect error, try again in 2s");
+        assert_eq!(
+            (failure.body, failure.retry_after),
+            (None, Some(Duration::from_secs(2)))
+        );
+    }
+
+    #[test]
+    fn a_limit_without_a_time_lasts_until_its_exhausted_windows_reset() {
+        let headers = [
+            ("x-codex-primary-used-percent", "100"),
+            ("x-codex-primary-window-minutes", "300"),
+            ("x-codex-primary-reset-at", "1800000300"),
+            ("x-codex-secondary-used-percent", "80"),
+            ("x-codex-secondary-window-minutes", "10080"),
+            ("x-codex-secondary-reset-at", "1800090000"),
+        ];
+        let body = r#"{"error":{"type":"usage_limit_reached"}}"#;
+        assert_eq!(http(429, &headers, body).resets_at, Some(NOW + 300));
+        assert_eq!(
+            http(429, &headers, r#"{"error":{"code":"rate_limit_exceeded"}}"#).resets_at,
+            None
+        );
+        assert_eq!(http(429, &headers, "").resets_at, None);
+        let with_wait = [headers[0], headers[1], headers[2], ("retry-after", "5")];
+        assert_eq!(http(429, &with_wait, body).blocked_until(), Some(NOW + 5));
     }
 
     #[test]

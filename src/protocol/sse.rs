@@ -312,7 +312,7 @@ mod tests {
             lines.push(&rest[..end]);
             rest = rest[end..]
                 .strip_prefix(b"\r\n")
-                .unwrap_or(&rest[end + 1..]);
+                .unwrap_or_else(|| &rest[end + 1..]);
         }
         let mut events = Vec::new();
         let (mut name, mut data, mut seen) = (Vec::new(), None::<Vec<u8>>, false);

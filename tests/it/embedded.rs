@@ -12,10 +12,10 @@ use tempfile::TempDir;
 use tokio_postgres::config::Host;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
+use crate::support::pg::NOBODY;
+
 /// Makes a run of this binary the other process of a test: it holds the cluster in that directory until it is killed.
 const HOLD: &str = "DRAWBRIDGE_TEST_HOLD";
-/// Makes a run of this binary the one as an ordinary user.
-const ORDINARY: u32 = 65534;
 
 #[tokio::test]
 async fn a_fresh_directory_becomes_a_cluster_that_keeps_its_data() {
@@ -247,11 +247,11 @@ fn all_of_this_holds_for_an_ordinary_user() {
     let home = directory();
     let binary = home.path().join("it");
     std::fs::copy(std::env::current_exe().unwrap(), &binary).unwrap();
-    std::os::unix::fs::chown(home.path(), Some(ORDINARY), Some(ORDINARY)).unwrap();
+    std::os::unix::fs::chown(home.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     let run = Command::new("setpriv")
         .args([
-            format!("--reuid={ORDINARY}"),
-            format!("--regid={ORDINARY}"),
+            format!("--reuid={NOBODY}"),
+            format!("--regid={NOBODY}"),
             "--clear-groups".into(),
             "--".into(),
         ])

@@ -2,3 +2,4 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod embedded;
+mod support;

@@ -21,7 +21,7 @@ pub(super) fn class(error: &ErrorBody) -> Class {
     // A server error may turn out to be a lack of capacity; every other code is final.
     match by_name {
         Some(class) if class != Class::Transient && class != Class::Auth => class,
-        general => by_message(error, &message)
+        general => by_message(error, &message, general)
             .or(general)
             .unwrap_or_else(|| by_status(error)),
     }

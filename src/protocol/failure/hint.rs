@@ -9,11 +9,28 @@ use jiff::fmt::rfc2822;
 
 use crate::protocol::event::ErrorBody;
 use crate::protocol::lenient::{HORIZON, deadline};
+use crate::protocol::limits;
 
 /// When the limit resets: `resets_at`, else `resets_in_seconds` from now.
 pub(super) fn resets_at(error: &ErrorBody, now: i64) -> Option<i64> {
     let absolute = error.resets_at.and_then(|at| deadline(at, now));
     absolute.or_else(|| deadline(now.checked_add(error.resets_in_seconds?)?, now))
+}
+
+/// When the last exhausted window of the refused family resets, by the headers of a refusal for usage.
+pub(super) fn exhausted_until(error: &ErrorBody, now: i64) -> Option<i64> {
+    let usage = [&error.code, &error.kind]
+        .into_iter()
+        .flatten()
+        .any(|name| name == "usage_limit_reached");
+    let family = limits::active_family(&error.headers);
+    let seen = limits::from_headers(&error.headers, now)
+        .into_iter()
+        .filter(|seen| usage && seen.family == family);
+    seen.flat_map(|seen| seen.windows)
+        .filter(|window| window.used_percent >= 100.0)
+        .filter_map(|w| w.resets_at)
+        .max()
 }
 
 /// How long to wait: `Retry-After`, else "try again in ..." of the message.

@@ -125,7 +125,7 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
                     slot,
                     number(&field("used-percent")),
                     whole(&field("window-minutes")),
-                    reset(&field, now),
+                    reset(field, now),
                     now,
                 )
             });

@@ -93,7 +93,7 @@ impl PoolView {
         pairs
     }
 
-    /// The `codex.rate_limits` event that Codex reads on WebSockets, where answers have no headers.
+    /// The `codex.rate_limits` event that Codex reads on a WebSocket, where answers have no headers.
     pub fn event(&self) -> Bytes {
         let window = |window: PoolWindow| EventWindow {
             used_percent: window.used_percent,
@@ -120,7 +120,9 @@ impl PoolView {
     pub fn usage(&self, now: i64) -> Bytes {
         let window = |window: PoolWindow| {
             let length = i64::from(window.window_minutes) * 60;
-            let reset_at = window.resets_at.unwrap_or(now.saturating_add(length));
+            let reset_at = window
+                .resets_at
+                .unwrap_or_else(|| now.saturating_add(length));
             UsageWindow {
                 used_percent: window.used_percent.round().clamp(0.0, 100.0) as u8,
                 limit_window_seconds: length,

@@ -1,0 +1,201 @@
+//! The single truth about limits: quota windows and blocks per (account, family), in memory and shared through Postgres.
+//!
+//! Samples rank, upstream errors block. An observation counts from when it *began*: an older one never overwrites a newer one, and lifts
+//! only a block that is older than itself. Memory knows at once; blocks are stored at once, samples at most once a second.
+//!
+//! Invariant: states only merge, by the same rules in memory (`merge`) and in SQL (`store`), so that a reload, a late write or a repeated
+//! one never undoes what is newer. This room knows neither the life cycle of accounts nor who is chosen.
+
+mod anchor;
+mod merge;
+mod pool;
+mod state;
+mod store;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::{MissedTickBehavior, interval},
+};
+
+use self::{
+    anchor::Anchor,
+    state::{Change, State},
+};
+pub use self::{
+    merge::{Block, Sample, Source, block_until, lifts, merge_block, merge_window},
+    pool::pool_view,
+    store::STATEMENTS,
+};
+use crate::{
+    bus::{Bus, Topic},
+    db::{Db, Error},
+    ids::AccountId,
+    protocol::limits::{Family, Observation},
+    routing,
+    task::Tasks,
+};
+
+/// Between two writes of samples.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// What this replica knows of every account's limits. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Quota {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    db: Db,
+    known: Mutex<(State, Anchor)>,
+    /// Moves when selection would see something else.
+    changed: watch::Sender<u64>,
+    /// A block waits to be stored.
+    urgent: Notify,
+}
+
+impl Quota {
+    /// What the database knows.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub async fn load(db: &Db) -> Result<Self, Error> {
+        let anchor = Anchor::new(Instant::now(), db.clock().now());
+        let quota = Self {
+            shared: Arc::new(Shared {
+                db: db.clone(),
+                known: Mutex::new((State::default(), anchor)),
+                changed: watch::Sender::new(0),
+                urgent: Notify::new(),
+            }),
+        };
+        quota.reload().await?;
+        Ok(quota)
+    }
+
+    /// Follows the other replicas and stores what this one learns, until the process stops. An essential task; whoever stops the process
+    /// calls [`Quota::flush`] when the last turn has ended.
+    pub async fn run(self, bus: Bus, tasks: Tasks) {
+        let stop = tasks.stopping();
+        let mut peers = bus.subscribe(Topic::Quota);
+        let mut ticks = interval(SAVE_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut stale = true;
+        loop {
+            let save = tokio::select! {
+                () = stop.cancelled() => return,
+                version = peers.changed() => match version {
+                    Some(_) => { stale = true; false }
+                    None => return,
+                },
+                // Samples that wait ride along: the bump is paid for.
+                () = self.shared.urgent.notified() => true,
+                _ = ticks.tick() => true,
+            };
+            if stale {
+                stale = self
+                    .reload()
+                    .await
+                    .inspect_err(|error| tracing::warn!(%error, "cannot read quota"))
+                    .is_err();
+            }
+            if save && let Err(error) = self.flush().await {
+                tracing::warn!(%error, "cannot store quota; it is kept in memory");
+            }
+        }
+    }
+
+    /// Takes in what one feed said of one family. `began` is when the attempt began that brought it: the same instant for all its feeds.
+    /// The headers of an answer that refused the turn come with [`Source::Error`].
+    pub fn observe(
+        &self,
+        account: AccountId,
+        observation: &Observation,
+        began: Instant,
+        source: Source,
+    ) {
+        let now = self.shared.db.clock().now();
+        let mut known = self.lock();
+        let (state, anchor) = &mut *known;
+        let observed_at = anchor.time_of(began, Instant::now(), now);
+        let change = state.observe(account, observation, observed_at, source, now);
+        drop(known);
+        self.announce(change);
+    }
+
+    /// Takes in that upstream refused the account for a family. `until` is upstream's own deadline in epoch seconds, taken exactly; without
+    /// a believable one it is a guess of a minute. `reason` is upstream's code. A block never shrinks by this.
+    pub fn block(&self, account: AccountId, family: &Family, until: Option<i64>, reason: &str) {
+        let now = self.shared.db.clock().now();
+        let mut known = self.lock();
+        let (state, anchor) = &mut *known;
+        let blocked_at = anchor.time_of(Instant::now(), Instant::now(), now);
+        let block = Block {
+            blocked_at,
+            until: block_until(until, blocked_at, rand::random()),
+            reason: reason.to_owned(),
+            lifted_at: None,
+        };
+        tracing::info!(%account, %family, reason, until = block.until, "an account is blocked");
+        let change = state.block(account, family, block);
+        drop(known);
+        self.announce(change);
+    }
+
+    /// What selection sees of an account; blocks that have ended may still be listed.
+    #[must_use]
+    pub fn snapshot(&self, account: AccountId) -> (Vec<routing::Window>, Vec<routing::Block>) {
+        self.lock().0.snapshot(account)
+    }
+
+    /// Moves when a snapshot would look different to selection.
+    #[must_use]
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.shared.changed.subscribe()
+    }
+
+    /// Stores what is not stored yet and tells the other replicas. What fails is kept for the next call.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn flush(&self) -> Result<(), Error> {
+        let unsaved = self.lock().0.take_unsaved();
+        if unsaved.is_empty() {
+            return Ok(());
+        }
+        let saved = store::save(&self.shared.db, &unsaved).await;
+        if saved.is_err() {
+            self.lock().0.keep_unsaved(unsaved);
+        }
+        saved
+    }
+
+    async fn reload(&self) -> Result<(), Error> {
+        let rows = store::load(&self.shared.db).await?;
+        let change = self.lock().0.merge(rows);
+        self.announce(change);
+        Ok(())
+    }
+
+    fn announce(&self, change: Change) {
+        if change.urgent {
+            self.shared.urgent.notify_one();
+        }
+        if change.seen {
+            self.shared.changed.send_modify(|version| *version += 1);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (State, Anchor)> {
+        // Each change under the lock is one merge: a panic elsewhere leaves nothing half done.
+        self.shared
+            .known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,126 @@
+//! Statements of `quota_windows` and `quota_blocks`.
+
+use tokio_postgres::types::ToSql;
+
+use super::{Block, Sample, state::Rows};
+use crate::{
+    bus::{self, Topic},
+    db::{Db, Error},
+    protocol::limits::Family,
+    statements,
+};
+
+statements! { "quota";
+    /// A plain read; states only merge, so an old snapshot is merely late.
+    WINDOWS: [] = "
+        select account_id, family, window_minutes, used_percent, extract(epoch from resets_at)::bigint, observed_at, source
+        from quota_windows";
+
+    /// As WINDOWS. What has ended matters to nobody.
+    BLOCKS: [] = "
+        select account_id, family, blocked_at, extract(epoch from blocked_until)::bigint, reason, lifted_at
+        from quota_blocks where blocked_until > clock_timestamp()";
+
+    /// `merge_window`, row by row: under the row lock the older of two writers finds the newer state and leaves it. Rows are locked in the
+    /// order of their keys, so that two writers cannot deadlock. An account that was deleted meanwhile is left out. No observation is from
+    /// the future: a clock that runs ahead cannot shut out the others.
+    SAVE_WINDOWS: [UUID_ARRAY, TEXT_ARRAY, INT4_ARRAY, FLOAT8_ARRAY, INT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = "
+        insert into quota_windows as known (account_id, family, window_minutes, used_percent, resets_at, observed_at, source)
+        select account_id, family, minutes, used, to_timestamp(resets_at), least(observed_at, clock_timestamp()), source
+        from unnest($1, $2, $3, $4, $5, $6, $7) as seen (account_id, family, minutes, used, resets_at, observed_at, source)
+        join accounts using (account_id)
+        order by account_id, family, minutes
+        on conflict (account_id, family, window_minutes) do update
+        set used_percent = excluded.used_percent, resets_at = excluded.resets_at,
+            observed_at = excluded.observed_at, source = excluded.source
+        where (excluded.observed_at, coalesce(excluded.resets_at, '-infinity'), excluded.used_percent, excluded.source)
+            > (known.observed_at, coalesce(known.resets_at, '-infinity'), known.used_percent, known.source)";
+
+    /// `merge_block`, row by row; locks and deleted accounts as in SAVE_WINDOWS.
+    SAVE_BLOCKS: [UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, INT8_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY] = "
+        insert into quota_blocks as known (account_id, family, blocked_at, blocked_until, reason, lifted_at)
+        select account_id, family, least(blocked_at, clock_timestamp()), to_timestamp(blocked_until), reason,
+            least(lifted_at, clock_timestamp())
+        from unnest($1, $2, $3, $4, $5, $6) as seen (account_id, family, blocked_at, blocked_until, reason, lifted_at)
+        join accounts using (account_id)
+        order by account_id, family
+        on conflict (account_id, family) do update
+        set blocked_at = greatest(known.blocked_at, excluded.blocked_at),
+            lifted_at = greatest(known.lifted_at, excluded.lifted_at),
+            (blocked_until, reason) = (
+                select blocked_until, reason
+                from (values (known.blocked_at, known.blocked_until, known.reason),
+                             (excluded.blocked_at, excluded.blocked_until, excluded.reason)) as one (blocked_at, blocked_until, reason)
+                order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
+                limit 1)";
+}
+
+pub(super) async fn load(db: &Db) -> Result<Rows, Error> {
+    let connection = db.connection().await?;
+    let mut rows = Rows::default();
+    for row in connection.all(&WINDOWS, &[]).await? {
+        let key = (
+            row.try_get(0)?,
+            Family::new(row.try_get(1)?),
+            u32::try_from(row.try_get::<_, i32>(2)?).unwrap_or(0),
+        );
+        // A newer release may have sources that this one does not know.
+        let Ok(source) = row.try_get::<_, &str>(6)?.parse() else {
+            continue;
+        };
+        let sample = Sample {
+            used_percent: row.try_get(3)?,
+            resets_at: row.try_get(4)?,
+            observed_at: row.try_get(5)?,
+            source,
+        };
+        rows.windows.push((key, sample));
+    }
+    for row in connection.all(&BLOCKS, &[]).await? {
+        let key = (row.try_get(0)?, Family::new(row.try_get(1)?));
+        let block = Block {
+            blocked_at: row.try_get(2)?,
+            until: row.try_get(3)?,
+            reason: row.try_get(4)?,
+            lifted_at: row.try_get(5)?,
+        };
+        rows.blocks.push((key, block));
+    }
+    Ok(rows)
+}
+
+/// Merges states into the database and announces them: all or nothing.
+pub(super) async fn save(db: &Db, Rows { windows, blocks }: &Rows) -> Result<(), Error> {
+    let tx = db.begin().await?;
+    if !windows.is_empty() {
+        let params: [&(dyn ToSql + Sync); 7] = [
+            &column(windows, |((account, ..), _)| *account),
+            &column(windows, |((_, family, _), _)| family.as_str()),
+            &column(windows, |((.., minutes), _)| {
+                i32::try_from(*minutes).unwrap_or(i32::MAX)
+            }),
+            &column(windows, |(_, sample)| sample.used_percent),
+            &column(windows, |(_, sample)| sample.resets_at),
+            &column(windows, |(_, sample)| sample.observed_at),
+            &column(windows, |(_, sample)| sample.source.as_str()),
+        ];
+        tx.exec(&SAVE_WINDOWS, &params).await?;
+    }
+    if !blocks.is_empty() {
+        let params: [&(dyn ToSql + Sync); 6] = [
+            &column(blocks, |((account, _), _)| *account),
+            &column(blocks, |((_, family), _)| family.as_str()),
+            &column(blocks, |(_, block)| block.blocked_at),
+            &column(blocks, |(_, block)| block.until),
+            &column(blocks, |(_, block)| block.reason.as_str()),
+            &column(blocks, |(_, block)| block.lifted_at),
+        ];
+        tx.exec(&SAVE_BLOCKS, &params).await?;
+    }
+    bus::bump(&tx, &[Topic::Quota]).await?;
+    tx.commit().await
+}
+
+fn column<'a, Row, Value>(rows: &'a [Row], value: impl Fn(&'a Row) -> Value) -> Vec<Value> {
+    rows.iter().map(value).collect()
+}
