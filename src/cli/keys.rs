@@ -65,9 +65,7 @@ pub async fn run(command: KeysCommand, context: &Context) -> anyhow::Result<()> 
             let now = db.clock().now();
             let new = NewKey {
                 name,
-                expires_at: expires_at
-                    .map(|expiry| expiry.resolve(now))
-                    .transpose()?,
+                expires_at: expires_at.map(|expiry| expiry.resolve(now)).transpose()?,
                 scope_of,
                 grants: Grants::default(),
             };

@@ -2,4 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod embedded;
+mod keys;
+mod ledger;
 mod support;
