@@ -4,15 +4,23 @@
 //! [`Code`] is the catalogue: one row per case, stable strings. Upstream's own refusals are passed on as upstream worded them. Nothing
 //! here carries a token, a prompt or the text of an internal error.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 use axum::{
     body::Body,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode, header};
-use serde_json::{Map, Value, json};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+
+use crate::{
+    protocol::{
+        contract::{ErrorObject, error_frame},
+        failure::{Class, Failure},
+        request::Invalid,
+    },
+    turn::Stop,
+};
 
 /// What went wrong, as clients can tell it apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -172,10 +180,16 @@ impl fmt::Display for Code {
 #[derive(Clone, Debug)]
 pub struct ApiError {
     status: StatusCode,
-    /// The inner object: `message`, `type`, `code`, `param`...
-    body: Map<String, Value>,
+    message: String,
+    kind: Cow<'static, str>,
+    code: Cow<'static, str>,
+    param: Option<String>,
+    plan_type: Option<String>,
+    resets_at: Option<i64>,
     retry_after: Option<Duration>,
-    headers: Vec<(HeaderName, HeaderValue)>,
+    headers: HeaderMap,
+    /// Upstream's own body, where it goes out as it came.
+    body: Option<Bytes>,
 }
 
 impl ApiError {
@@ -183,45 +197,38 @@ impl ApiError {
     #[must_use]
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         let row = code.row();
-        let mut body = Map::new();
-        body.insert("message".into(), Value::String(message.into()));
-        body.insert("type".into(), row.kind.into());
-        body.insert("code".into(), row.code.into());
-        Self { status: row.status, body, retry_after: row.retry_after.map(Duration::from_secs), headers: Vec::new() }
-    }
-
-    /// Upstream's own refusal, in its words and with its status. Server errors of upstream are 502 or 503 here.
-    #[must_use]
-    pub fn upstream(status: StatusCode, body: Map<String, Value>) -> Self {
-        let status = match status {
-            StatusCode::INTERNAL_SERVER_ERROR => StatusCode::BAD_GATEWAY,
-            status => status,
-        };
-        Self { status, body, retry_after: None, headers: Vec::new() }
+        Self {
+            status: row.status,
+            message: message.into(),
+            kind: row.kind.into(),
+            code: row.code.into(),
+            param: None,
+            plan_type: None,
+            resets_at: None,
+            retry_after: row.retry_after.map(Duration::from_secs),
+            headers: HeaderMap::new(),
+            body: None,
+        }
     }
 
     /// Names the offending field by its dotted path.
     #[must_use]
-    pub fn param(mut self, param: Option<impl Into<String>>) -> Self {
-        if let Some(param) = param {
-            self.body.insert("param".into(), Value::String(param.into()));
-        }
+    pub fn param(mut self, param: Option<String>) -> Self {
+        self.param = param;
         self
     }
 
     /// A finer code within the same status, such as a validator's.
     #[must_use]
-    pub fn code(mut self, code: &str) -> Self {
-        self.body.insert("code".into(), code.into());
+    pub fn code(mut self, code: &'static str) -> Self {
+        self.code = code.into();
         self
     }
 
     /// When the limit ends, in epoch seconds.
     #[must_use]
     pub fn resets_at(mut self, at: Option<i64>) -> Self {
-        if let Some(at) = at {
-            self.body.insert("resets_at".into(), at.into());
-        }
+        self.resets_at = at;
         self
     }
 
@@ -248,76 +255,139 @@ impl ApiError {
     /// The code that clients see.
     #[must_use]
     pub fn code_str(&self) -> &str {
-        self.body.get("code").or_else(|| self.body.get("type")).and_then(Value::as_str).unwrap_or("upstream_error")
+        &self.code
     }
 
-    /// A well-formed `response.failed` event for a stream whose head has gone out.
+    /// The `error` object.
     #[must_use]
-    pub fn failed_event(&self, response_id: Option<&str>, sequence_number: u64) -> Bytes {
-        let mut error = self.body.clone();
-        if let Some(after) = self.retry_after {
-            error.insert("headers".into(), json!({ "retry-after": seconds(after) }));
+    pub fn object(&self) -> ErrorObject<'_> {
+        ErrorObject {
+            message: &self.message,
+            r#type: &self.kind,
+            code: &self.code,
+            param: self.param.as_deref(),
+            plan_type: self.plan_type.as_deref(),
+            resets_at: self.resets_at,
+            retry_after: self.retry_after,
         }
-        let event = json!({
-            "type": "response.failed",
-            "sequence_number": sequence_number,
-            "response": {
-                "id": response_id.unwrap_or("resp_unknown"),
-                "object": "response",
-                "status": "failed",
-                "output": [],
-                "incomplete_details": null,
-                "error": error,
-            },
-        });
-        event.to_string().into()
     }
 
     /// A WebSocket `error` frame; it always has a `status`, or clients wait for ever.
     #[must_use]
-    pub fn frame(&self) -> String {
-        let mut frame = json!({ "type": "error", "status": self.status.as_u16(), "error": self.body });
-        let mut headers: Map<String, Value> = self
-            .headers
-            .iter()
-            .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.into())))
-            .collect();
+    pub fn frame(&self) -> Bytes {
+        let mut headers = self.headers.clone();
         if let Some(after) = self.retry_after {
-            headers.insert("retry-after".into(), seconds(after).into());
+            headers.insert(header::RETRY_AFTER, seconds(after));
         }
-        if !headers.is_empty() {
-            frame["headers"] = Value::Object(headers);
+        error_frame(self.status.as_u16(), &ErrorObject { retry_after: None, ..self.object() }, &headers)
+    }
+}
+
+/// Upstream's refusal, in its words. What upstream calls an internal error is a bad gateway here: Codex hides the text of a 500.
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> Self {
+        let code = match failure.class {
+            Class::Network => Code::UpstreamUnavailable,
+            Class::Timeout(_) => Code::UpstreamTimeout,
+            Class::Truncated => Code::UpstreamPrematureClose,
+            Class::TooLarge => Code::StreamEventTooLarge,
+            Class::PreviousResponseNotFound => Code::PreviousResponseNotFound,
+            Class::RateLimit | Class::Quota => Code::UsageLimitReached,
+            Class::Auth | Class::ReauthRequired | Class::Deactivated => Code::NoAccounts,
+            _ => Code::UpstreamError,
+        };
+        let ours = Self::new(code, failure.message);
+        let said = failure.status.and_then(|status| StatusCode::from_u16(status).ok());
+        match (failure.class, said) {
+            // An account's credential is no business of the client.
+            (Class::Auth | Class::ReauthRequired | Class::Deactivated, _) => {
+                Self { message: "No account of the pool is signed in upstream at the moment.".into(), ..ours }
+            }
+            (Class::PreviousResponseNotFound, _) => ours,
+            (_, None) if failure.code.is_none() => ours,
+            (class, said) => {
+                let status = match said {
+                    Some(StatusCode::INTERNAL_SERVER_ERROR) => StatusCode::BAD_GATEWAY,
+                    Some(status) if status.is_client_error() || status.is_server_error() => status,
+                    _ if class == Class::Request => StatusCode::BAD_REQUEST,
+                    _ => ours.status,
+                };
+                Self {
+                    status,
+                    kind: failure.kind.map_or(ours.kind, Cow::Owned),
+                    code: failure.code.map_or(ours.code, Cow::Owned),
+                    param: failure.param,
+                    plan_type: failure.plan_type,
+                    resets_at: failure.resets_at,
+                    retry_after: failure.retry_after.map(|wait| wait.min(Duration::from_secs(300))).or(ours.retry_after),
+                    body: failure.body,
+                    ..ours
+                }
+            }
         }
-        frame.to_string()
+    }
+}
+
+impl From<Stop> for ApiError {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Upstream(failure, _) => failure.into(),
+            Stop::Exhausted { resets_at } => {
+                Self::new(Code::UsageLimitReached, "Every account of the pool has reached its usage limit.").resets_at(Some(resets_at))
+            }
+            Stop::Nobody { why } => Self::new(Code::NoAccounts, format!("No account of the pool can serve this request: {why}.")),
+            Stop::PreviousResponseNotFound => Self::new(
+                Code::PreviousResponseNotFound,
+                "The previous response is not known here any more; send the whole conversation without previous_response_id.",
+            )
+            .param(Some("previous_response_id".into())),
+            Stop::Unavailable => {
+                Self::new(Code::ContinuityUnavailable, "The request cannot be booked at the moment, so it was not sent; try again.")
+            }
+            Stop::SlowConsumer => Self::new(Code::SlowConsumer, "The response was not read for a minute, so it was cancelled."),
+            Stop::Cancelled => Self::new(Code::Cancelled, "The service is restarting; try again."),
+        }
+    }
+}
+
+impl From<Invalid> for ApiError {
+    fn from(invalid: Invalid) -> Self {
+        Self::new(Code::InvalidRequest, invalid.message).code(invalid.code).param(invalid.param)
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = json!({ "error": self.body }).to_string();
+        let body = self.body.clone().unwrap_or_else(|| {
+            let object = ErrorObject { retry_after: None, ..self.object() };
+            serde_json::json!({ "error": object }).to_string().into()
+        });
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(after) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_str(&seconds(after)).expect("digits"));
+            headers.insert(header::RETRY_AFTER, seconds(after));
         }
         if self.status == StatusCode::CONFLICT {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
-        headers.extend(self.headers.into_iter().map(|(name, value)| (Some(name), value)).collect::<http::HeaderMap>());
+        headers.extend(self.headers);
         response
     }
 }
 
 /// Whole seconds, rounded up: never too early.
-fn seconds(duration: Duration) -> String {
-    duration.as_millis().div_ceil(1000).to_string()
+fn seconds(duration: Duration) -> HeaderValue {
+    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    HeaderValue::from(seconds)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+
+    use serde_json::Value;
 
     use super::*;
 
@@ -332,19 +402,32 @@ mod tests {
     }
 
     #[test]
-    fn the_three_forms_carry_the_same_error() {
+    fn a_plain_answer_and_a_frame_carry_the_same_error() {
         let error = ApiError::new(Code::UsageLimitReached, "all used up")
             .resets_at(Some(1_900_000_000))
             .retry_after(Some(Duration::from_millis(1500)));
-        let frame: Value = serde_json::from_str(&error.frame()).unwrap();
+        let frame: Value = serde_json::from_slice(&error.frame()).unwrap();
         assert_eq!(frame["status"], 429);
         assert_eq!(frame["error"]["resets_at"], 1_900_000_000);
         assert_eq!(frame["headers"]["retry-after"], "2");
-        let event: Value = serde_json::from_slice(&error.failed_event(Some("resp_1"), 7)).unwrap();
-        assert_eq!(event["sequence_number"], 7);
-        assert_eq!(event["response"]["error"]["code"], "usage_limit_reached");
         let response = error.into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()[header::RETRY_AFTER], "2");
+    }
+
+    #[test]
+    fn upstreams_words_are_passed_on_but_not_its_500s_and_not_the_state_of_an_account() {
+        let now = 1_800_000_000;
+        let failure = |status, body: &'static str| {
+            let status = StatusCode::from_u16(status).unwrap();
+            Failure::from_http(status, &HeaderMap::new(), &Bytes::from_static(body.as_bytes()), now)
+        };
+        let error = ApiError::from(failure(400, r#"{"error":{"message":"no","code":"context_length_exceeded"}}"#));
+        assert_eq!((error.status().as_u16(), error.code_str()), (400, "context_length_exceeded"));
+        assert_eq!(ApiError::from(failure(500, "")).status(), 502);
+        let error = ApiError::from(failure(401, r#"{"error":{"message":"Your session has ended","code":"token_expired"}}"#));
+        assert_eq!((error.status().as_u16(), error.code_str()), (503, "no_accounts"));
+        assert!(!String::from_utf8(error.frame().to_vec()).unwrap().contains("session"));
+        assert_eq!(ApiError::from(Failure::truncated(now)).status(), 504);
     }
 }

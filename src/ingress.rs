@@ -23,14 +23,14 @@ use http::{HeaderValue, Uri};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-pub use self::{body::Budget, gate::Gate};
+pub use self::gate::Gate;
 use crate::{
     api_key::ApiKeys,
     db::Clock,
     error::{ApiError, Code},
     ledger::Ledger,
     quota::Quota,
-    turn::Engine,
+    turn::{Budget, Engine},
     upstream::Upstream,
 };
 

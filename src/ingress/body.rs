@@ -1,53 +1,22 @@
 //! Reads request bodies: bounded on the wire and decoded, zstd and gzip, within one budget of bytes for the whole replica.
 
-use std::sync::Arc;
-
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, header};
-use tokio::{
-    io::{AsyncRead, AsyncReadExt as _},
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio_util::io::StreamReader;
 
-use crate::error::{ApiError, Code};
+use crate::{
+    error::{ApiError, Code},
+    turn::{Budget, Held},
+};
 
 /// One body, on the wire and decoded.
 pub(super) const LIMIT: usize = 64 << 20;
-/// All bodies held at once by this replica.
-const BUDGET: usize = 512 << 20;
-/// The unit in which the budget is counted.
-const UNIT: usize = 1 << 10;
-
-/// The replica's budget of body bytes.
-#[derive(Clone, Debug)]
-pub struct Budget(Arc<Semaphore>);
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(BUDGET / UNIT)))
-    }
-}
-
-/// Bytes taken from the budget, given back when dropped.
-#[derive(Debug)]
-pub(crate) struct Held(#[expect(dead_code, reason = "held for its Drop")] Option<OwnedSemaphorePermit>);
-
-impl Budget {
-    /// Takes room for a body.
-    ///
-    /// # Errors
-    /// 429 when the replica holds as much as it may.
-    pub(super) fn take(&self, bytes: usize) -> Result<Held, ApiError> {
-        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX);
-        Arc::clone(&self.0).try_acquire_many_owned(units).map(|permit| Held(Some(permit))).map_err(|_| {
-            ApiError::new(Code::Overloaded, "This replica is holding as many request bodies as it may; try again shortly.")
-        })
-    }
-}
+/// By how much room grows at first, where the length is not announced.
+const STEP: usize = 64 << 10;
 
 /// Reads and decodes a body.
 ///
@@ -70,7 +39,7 @@ pub(super) async fn read(headers: &HeaderMap, body: Body, budget: &Budget) -> Re
 async fn plain(body: Body, announced: Option<usize>, budget: &Budget) -> Result<(Bytes, Held), ApiError> {
     let mut chunks = body.into_data_stream();
     // Room for what was announced is taken at once; without a length it is taken as it grows.
-    let mut held = vec![budget.take(announced.unwrap_or(0))?];
+    let mut held = take(budget, announced.unwrap_or(0))?;
     let mut room = announced.unwrap_or(0);
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
@@ -81,8 +50,8 @@ async fn plain(body: Body, announced: Option<usize>, budget: &Budget) -> Result<
             return Err(too_large());
         }
         if length > room {
-            held.push(budget.take((length - room).max(64 * UNIT))?);
-            room = length.max(room + 64 * UNIT);
+            held.merge(take(budget, (length - room).max(STEP))?);
+            room = length.max(room + STEP);
         }
         if first.is_empty() && rest.is_empty() {
             first = chunk;
@@ -95,18 +64,18 @@ async fn plain(body: Body, announced: Option<usize>, budget: &Budget) -> Result<
         }
     }
     let body = if rest.is_empty() { first } else { rest.freeze() };
-    Ok((body, merge(held)))
+    Ok((body, held))
 }
 
 async fn decoded(decoder: impl AsyncRead + Unpin, budget: &Budget) -> Result<(Bytes, Held), ApiError> {
     let mut decoder = decoder.take(LIMIT as u64 + 1);
-    let mut held = Vec::new();
+    let mut held = Held::default();
     let mut room = 0;
     let mut body = BytesMut::new();
     loop {
         if body.len() == room {
-            let more = room.clamp(64 * UNIT, 8 << 20);
-            held.push(budget.take(more)?);
+            let more = room.clamp(STEP, 8 << 20);
+            held.merge(take(budget, more)?);
             room += more;
             body.reserve(more);
         }
@@ -120,7 +89,7 @@ async fn decoded(decoder: impl AsyncRead + Unpin, budget: &Budget) -> Result<(By
         }
         room = room.max(body.len());
     }
-    Ok((body.freeze(), merge(held)))
+    Ok((body.freeze(), held))
 }
 
 fn reader(body: Body) -> StreamReader<impl futures_util::Stream<Item = Result<Bytes, std::io::Error>> + Unpin, Bytes> {
@@ -132,12 +101,9 @@ fn reader(body: Body) -> StreamReader<impl futures_util::Stream<Item = Result<By
     StreamReader::new(Box::pin(bounded))
 }
 
-fn merge(held: Vec<Held>) -> Held {
-    let permits = held.into_iter().filter_map(|held| held.0);
-    Held(permits.reduce(|mut all, more| {
-        all.merge(more);
-        all
-    }))
+fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
+    let full = || ApiError::new(Code::Overloaded, "This replica is holding as many request bodies as it may; try again shortly.");
+    budget.take(bytes).ok_or_else(full)
 }
 
 fn too_large() -> ApiError {
@@ -161,7 +127,7 @@ mod tests {
         }
         let budget = Budget::default();
         let result = read(&headers, Body::from(body), &budget).await.map(|(body, _held)| body);
-        assert_eq!(budget.0.available_permits(), BUDGET / UNIT, "everything taken is given back");
+        assert_eq!(budget.free(), Budget::default().free(), "everything taken is given back");
         result
     }
 
@@ -195,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_replica_says_so() {
         let budget = Budget::default();
-        let _all = budget.take(BUDGET).unwrap();
+        let _all = budget.take(budget.free()).unwrap();
         let error = read(&HeaderMap::new(), Body::from("x"), &budget).await.unwrap_err();
         assert_eq!(error.status(), 429);
     }

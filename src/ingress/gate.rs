@@ -77,6 +77,18 @@ pub(super) async fn authenticate(state: &State, peer: Peer, headers: &HeaderMap)
             )),
         };
     };
+    checked(state, key).await
+}
+
+/// Checks the key of an open connection again.
+///
+/// # Errors
+/// 401 when it is no longer valid.
+pub(super) async fn renew(state: &State, headers: &HeaderMap) -> Result<Caller, ApiError> {
+    checked(state, presented(headers).unwrap_or_default()).await
+}
+
+async fn checked(state: &State, key: &str) -> Result<Caller, ApiError> {
     match state.keys.authenticate(key).await {
         Ok(key) => Ok(Caller::of(&key)),
         Err(AuthError::Expired) => Err(ApiError::new(Code::ExpiredApiKey, "This API key has expired.")),

@@ -1,0 +1,33 @@
+# Everything a developer or an operator of one machine needs. Each target installs what it lacks, says so, and may be repeated.
+
+CARGO ?= cargo
+
+.PHONY: run demo test check bench
+
+## run: the service on embedded Postgres; prints what to do next
+run:
+	@scripts/install-tools postgres
+	$(CARGO) run --quiet --release --bin drawbridge -- serve
+
+## demo: a fake upstream, three accounts and traffic to look at
+demo:
+	@scripts/install-tools postgres
+	$(CARGO) build --quiet --release --workspace
+	@target/release/loadtest demo --drawbridge target/release/drawbridge
+
+## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer and the Codex CLI
+test: check
+	@scripts/install-tools postgres pgbouncer codex
+	$(CARGO) test --workspace --quiet
+
+## check: formatting, lints and documentation
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet --document-private-items
+
+## bench: nginx and Drawbridge side by side; writes loadtest/results
+bench:
+	@scripts/install-tools postgres nginx
+	$(CARGO) build --quiet --release --workspace
+	@target/release/loadtest bench --drawbridge target/release/drawbridge

@@ -1,0 +1,219 @@
+//! `POST /responses` and `/responses/compact`.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Extension,
+    body::{Body, Bytes},
+    extract,
+    response::{IntoResponse as _, Response},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use tokio::time::timeout;
+
+use super::{Dialect, Peer, State, body, encode, gate};
+use crate::{
+    error::{ApiError, Code},
+    ids::TurnId,
+    protocol::{
+        compact,
+        request::{self, Facts, Request, Shape},
+    },
+    routing, task,
+    turn::{Ask, Caller, End, Event, Held, Item, Stop, Transport, relay::Receiver},
+};
+
+/// How long the head of an answer waits for the first event, so that a refusal can still be a status.
+const HEAD_PATIENCE: Duration = Duration::from_secs(20);
+/// Bodies above this are parsed off the workers.
+const LARGE: usize = 1 << 20;
+
+type Shared = extract::State<Arc<State>>;
+
+/// `POST /backend-api/codex/responses`.
+pub(super) async fn codex(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap, body: Body) -> Response {
+    respond(&state, peer, headers, body, Dialect::Codex).await
+}
+
+/// `POST /v1/responses`.
+pub(super) async fn openai(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap, body: Body) -> Response {
+    respond(&state, peer, headers, body, Dialect::OpenAi).await
+}
+
+/// `POST /backend-api/codex/responses/compact`.
+pub(super) async fn compact_codex(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let answer = compacted(&state, peer, headers, body, Dialect::Codex).await;
+    answer.unwrap_or_else(|error| error.into_response())
+}
+
+/// `POST /v1/responses/compact`.
+pub(super) async fn compact_openai(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let answer = compacted(&state, peer, headers, body, Dialect::OpenAi).await;
+    answer.unwrap_or_else(|error| error.into_response())
+}
+
+async fn respond(state: &State, peer: Peer, headers: HeaderMap, body: Body, dialect: Dialect) -> Response {
+    let (route, shape) = match dialect {
+        Dialect::Codex => ("codex/responses", Shape::Codex),
+        Dialect::OpenAi => ("v1/responses", Shape::OpenAi),
+    };
+    let arrived = Instant::now();
+    let asked = ask(state, peer, headers, body, route, shape, arrived).await;
+    let (ask, pool) = match asked {
+        Ok(asked) => asked,
+        Err(error) => return error.into_response(),
+    };
+    let (id, streams) = (ask.id, dialect == Dialect::Codex || ask.request.facts.stream);
+    let items = state.engine.start(ask);
+    let answer = if streams { stream(state, items, dialect, id).await } else { collected(state, items).await };
+    let mut response = answer.unwrap_or_else(|error| error.into_response());
+    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    response
+}
+
+/// From bytes to a question: who asks, what, and whether they may. Yields also the pool's limits, which every answer carries.
+async fn ask(
+    state: &State,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+    route: &'static str,
+    shape: Shape,
+    arrived: Instant,
+) -> Result<(Ask, Vec<(HeaderName, HeaderValue)>), ApiError> {
+    let caller = gate::authenticate(state, peer, &headers).await?;
+    let pool = limits(state, &caller);
+    let (body, held) = body::read(&headers, body, &state.bytes).await?;
+    let request = parse(body, shape, &headers).await.map_err(|error| error.headers(pool.clone()))?;
+    let ask = Ask { id: TurnId::new(), caller, route, transport: Transport::Http, request, headers, held, arrived };
+    admit(&ask.caller, &ask.request.facts).map_err(|error| error.headers(pool.clone()))?;
+    Ok((ask, pool))
+}
+
+async fn parse(body: Bytes, shape: Shape, headers: &HeaderMap) -> Result<Request, ApiError> {
+    let mut request = if body.len() > LARGE {
+        task::blocking(move || request::read(body, shape)).await?
+    } else {
+        request::read(body, shape)?
+    };
+    request.facts.client.with_headers(headers);
+    Ok(request)
+}
+
+/// What the key's grants say about the request.
+pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
+    if caller.may_use(&facts.model) {
+        return Ok(());
+    }
+    Err(ApiError::new(Code::ModelNotAllowed, "This API key may not use the requested model.").param(Some("model".into())))
+}
+
+/// The pool's limits as headers.
+pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderValue)> {
+    routing::pool_view(&state.upstream.view(), state.clock.now().as_second(), caller.accounts()).headers()
+}
+
+/// What a turn showed first.
+enum First {
+    /// Upstream's headers, and an event.
+    Event(HeaderMap, Option<Event>),
+    /// Nothing yet.
+    Silence,
+    /// It ended without anything to show.
+    End(Stop),
+}
+
+async fn first(items: &mut Receiver<Item>) -> First {
+    let mut head = HeaderMap::new();
+    loop {
+        match items.recv().await {
+            Some(Item::Head(headers)) => head = headers,
+            Some(Item::Event(event)) => return First::Event(head, Some(event)),
+            Some(Item::End(End::Complete)) => return First::Event(head, None),
+            Some(Item::End(End::Failed(stop))) => return First::End(*stop),
+            None => return First::End(Stop::Cancelled),
+        }
+    }
+}
+
+async fn stream(state: &State, mut items: Receiver<Item>, dialect: Dialect, id: TurnId) -> Result<Response, ApiError> {
+    let first = timeout(HEAD_PATIENCE, first(&mut items)).await.unwrap_or(First::Silence);
+    let (head, event) = match first {
+        First::Event(head, event) => (head, event),
+        First::Silence => (HeaderMap::new(), None),
+        First::End(stop) => match encode::explain(stop) {
+            // The Codex client reads more out of upstream's own event than out of a status.
+            (_, Some(event)) if dialect == Dialect::Codex => (HeaderMap::new(), Some(event)),
+            (error, _) => return Err(error),
+        },
+    };
+    let events = encode::EventStream::new(dialect, event, items, &id.to_string(), state.clock.now().as_second());
+    let mut response = Response::new(Body::from_stream(events));
+    let headers = response.headers_mut();
+    headers.extend(head);
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+async fn collected(state: &State, mut items: Receiver<Item>) -> Result<Response, ApiError> {
+    let (head, event) = match first(&mut items).await {
+        First::Event(head, event) => (head, event),
+        First::Silence => (HeaderMap::new(), None),
+        First::End(stop) => return Err(stop.into()),
+    };
+    let object = encode::collect(event, items, state.clock.now().as_second()).await?;
+    Ok(json(head, object))
+}
+
+/// Compaction: the same conversation with a trigger, of which one item comes back.
+async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, dialect: Dialect) -> Result<Response, ApiError> {
+    let route = match dialect {
+        Dialect::Codex => "codex/responses/compact",
+        Dialect::OpenAi => "v1/responses/compact",
+    };
+    let (ask, pool) = ask(state, peer, headers, body, route, Shape::Compact, Instant::now()).await?;
+    let answer = async {
+        let mut items = state.engine.start(ask);
+        let (head, event) = match first(&mut items).await {
+            First::Event(head, event) => (head, event),
+            First::Silence => (HeaderMap::new(), None),
+            First::End(stop) => return Err(stop.into()),
+        };
+        let object = encode::collect(event, items, state.clock.now().as_second()).await?;
+        let answer = compact::answer(&object, dialect == Dialect::Codex);
+        let answer = answer.ok_or_else(|| ApiError::new(Code::UpstreamError, "Upstream returned no compaction item."))?;
+        Ok(json(head, answer))
+    };
+    let answer: Result<Response, ApiError> = answer.await;
+    let mut response = answer.map_err(|error| error.headers(pool.clone()))?;
+    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    Ok(response)
+}
+
+fn json(head: HeaderMap, object: Bytes) -> Response {
+    let mut response = Response::new(Body::from(object));
+    *response.status_mut() = StatusCode::OK;
+    response.headers_mut().extend(head);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// A question without a body to hold, for a frame.
+pub(super) fn held(state: &State, bytes: usize) -> Result<Held, ApiError> {
+    state.bytes.take(bytes).ok_or_else(|| ApiError::new(Code::Overloaded, "This replica is holding as many requests as it may; try again shortly."))
+}

@@ -1,0 +1,269 @@
+//! The Responses API over a WebSocket: one client, one session, one turn at a time.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Extension,
+    extract::{
+        self, FromRequestParts as _, Request,
+        ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade, close_code},
+    },
+    response::{IntoResponse as _, Response},
+};
+use bytes::Bytes;
+use http::HeaderMap;
+use tokio::time::{Instant as Deadline, sleep_until, timeout};
+
+use super::{Dialect, Peer, State, encode, gate, responses};
+use crate::{
+    error::{ApiError, Code},
+    ids::TurnId,
+    protocol::{
+        event::{Created, Kind},
+        request::{self, Shape},
+    },
+    task,
+    turn::{Ask, Caller, End, Event, Item, Session, Stop, Transport, relay::Receiver},
+};
+
+/// One message from the client; as large as a body.
+const MESSAGE_BYTES: usize = 64 << 20;
+/// Between two signs of life while the model thinks.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How long a client may take to take one frame.
+const SEND_TIME: Duration = Duration::from_secs(60);
+/// Frames above this are parsed off the workers.
+const LARGE: usize = 1 << 20;
+
+type Shared = extract::State<Arc<State>>;
+
+/// `GET /backend-api/codex/responses` with an upgrade.
+pub(super) async fn codex(state: Shared, peer: Extension<Peer>, request: Request) -> Response {
+    accept(state, peer, request, Dialect::Codex).await
+}
+
+/// `GET /v1/responses` with an upgrade.
+pub(super) async fn openai(state: Shared, peer: Extension<Peer>, request: Request) -> Response {
+    accept(state, peer, request, Dialect::OpenAi).await
+}
+
+async fn accept(extract::State(state): Shared, Extension(peer): Extension<Peer>, request: Request, dialect: Dialect) -> Response {
+    let (mut parts, _) = request.into_parts();
+    let upgrade = match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
+        Ok(upgrade) => upgrade,
+        Err(_) => return ApiError::new(Code::UpgradeRequired, "This path takes POST, or GET with a WebSocket handshake.").into_response(),
+    };
+    let caller = match gate::authenticate(&state, peer, &parts.headers).await {
+        Ok(caller) => caller,
+        Err(error) => return error.into_response(),
+    };
+    let pool = responses::limits(&state, &caller);
+    let session = state.engine.session();
+    let mut response = upgrade
+        .max_message_size(MESSAGE_BYTES)
+        .max_frame_size(MESSAGE_BYTES)
+        .read_buffer_size(16 << 10)
+        .on_upgrade(move |socket| async move {
+            Client { state, caller, headers: parts.headers, dialect, session, socket }.serve().await;
+        });
+    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    response
+}
+
+/// One connected client.
+struct Client {
+    state: Arc<State>,
+    caller: Caller,
+    /// Of the handshake.
+    headers: HeaderMap,
+    dialect: Dialect,
+    session: Session,
+    socket: WebSocket,
+}
+
+/// A turn that runs on the socket.
+struct Running {
+    items: Receiver<Item>,
+    response_id: Option<String>,
+    /// When the next sign of life is due.
+    keepalive: Deadline,
+}
+
+/// The client is gone, or no longer takes what it asked for.
+struct Gone;
+
+impl Client {
+    /// Serves until the client leaves, or the process closes between two turns.
+    async fn serve(mut self) {
+        let mut running: Option<Running> = None;
+        loop {
+            let draining = self.state.draining.clone();
+            let step = tokio::select! {
+                biased;
+                item = next(&mut running) => self.relay(&mut running, item).await,
+                message = self.socket.recv() => match message {
+                    Some(Ok(message)) => self.receive(&mut running, message).await,
+                    Some(Err(_)) | None => Err(Gone),
+                },
+                () = keepalive_due(&running) => self.keep_alive(&mut running).await,
+                // Between turns, so that the client reconnects elsewhere without noticing.
+                () = draining.cancelled(), if running.is_none() => {
+                    self.close(close_code::RESTART, "the service is restarting").await;
+                    Err(Gone)
+                }
+            };
+            if step.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn receive(&mut self, running: &mut Option<Running>, message: Message) -> Result<(), Gone> {
+        let text = match message {
+            Message::Text(text) => text,
+            Message::Binary(_) => {
+                return self.refuse(&ApiError::new(Code::InvalidRequest, "Binary frames are not understood; send JSON as text.")).await;
+            }
+            Message::Ping(_) | Message::Pong(_) => return Ok(()),
+            Message::Close(_) => return Err(Gone),
+        };
+        match frame_type(&text) {
+            None => self.refuse(&ApiError::new(Code::InvalidJson, "A frame must be a JSON object with a type.")).await,
+            // What upstream would only acknowledge: it has no meaning without a turn.
+            Some(kind) if kind != "response.create" => Ok(()),
+            Some(_) if running.is_some() => {
+                self.refuse(&ApiError::new(Code::ResponseInProgress, "A response is in progress on this socket; wait for its end.")).await
+            }
+            Some(_) => match self.create(text).await {
+                Ok(items) => {
+                    *running = Some(Running { items, response_id: None, keepalive: Deadline::now() + KEEPALIVE });
+                    Ok(())
+                }
+                Err(error) => self.refuse(&error).await,
+            },
+        }
+    }
+
+    /// Starts the turn of one `response.create`.
+    async fn create(&self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
+        let arrived = Instant::now();
+        // The key may have been revoked since the handshake.
+        let caller = match self.caller.api_key() {
+            Some(_) => gate::renew(&self.state, &self.headers).await?,
+            None => self.caller.clone(),
+        };
+        let body = Bytes::from(text);
+        let held = responses::held(&self.state, body.len())?;
+        let mut request = if body.len() > LARGE {
+            task::blocking(move || request::read(body, Shape::Frame)).await?
+        } else {
+            request::read(body, Shape::Frame)?
+        };
+        request.facts.client.with_headers(&self.headers);
+        responses::admit(&caller, &request.facts)?;
+        let route = match self.dialect {
+            Dialect::Codex => "codex/responses",
+            Dialect::OpenAi => "v1/responses",
+        };
+        let headers = self.headers.clone();
+        let ask = Ask { id: TurnId::new(), caller, route, transport: Transport::WebSocket, request, headers, held, arrived };
+        self.session
+            .start(ask)
+            .map_err(|_| ApiError::new(Code::Overloaded, "Too many responses wait on this socket; try again shortly."))
+    }
+
+    async fn relay(&mut self, running: &mut Option<Running>, item: Option<Item>) -> Result<(), Gone> {
+        match item {
+            Some(Item::Event(event)) => {
+                if let Some(running) = running {
+                    running.keepalive = Deadline::now() + KEEPALIVE;
+                    if event.kind() == Kind::Created {
+                        running.response_id = Created::parse(&event.data()).and_then(|created| created.response_id);
+                    }
+                }
+                if self.dialect == Dialect::OpenAi && matches!(event.kind(), Kind::Codex | Kind::RateLimits | Kind::Metadata) {
+                    return Ok(());
+                }
+                self.event(event).await
+            }
+            Some(Item::Head(_)) => Ok(()),
+            Some(Item::End(end)) => {
+                *running = None;
+                match end {
+                    End::Complete => Ok(()),
+                    End::Failed(stop) => match encode::explain(*stop) {
+                        (_, Some(event)) => self.event(event).await,
+                        (error, None) => {
+                            let pool = responses::limits(&self.state, &self.caller);
+                            self.refuse(&error.headers(pool)).await
+                        }
+                    },
+                }
+            }
+            None => {
+                *running = None;
+                self.refuse(&Stop::Cancelled.into()).await
+            }
+        }
+    }
+
+    /// Codex counts only events as signs of life; SDKs would stumble over one they do not know.
+    async fn keep_alive(&mut self, running: &mut Option<Running>) -> Result<(), Gone> {
+        let Some(running) = running else { return Ok(()) };
+        running.keepalive = Deadline::now() + KEEPALIVE;
+        match (&running.response_id, self.dialect) {
+            (_, Dialect::Codex) => self.send(Message::Text(Utf8Bytes::from_static(r#"{"type":"codex.keepalive"}"#))).await,
+            (_, Dialect::OpenAi) => self.send(Message::Ping(Bytes::new())).await,
+        }
+    }
+
+    async fn event(&mut self, event: Event) -> Result<(), Gone> {
+        match event.into_text() {
+            Some(text) => self.send(Message::Text(Utf8Bytes::try_from(Bytes::from(text)).map_err(|_| Gone)?)).await,
+            None => self.refuse(&ApiError::new(Code::UpstreamError, "Upstream sent an event that is not text.")).await,
+        }
+    }
+
+    async fn refuse(&mut self, error: &ApiError) -> Result<(), Gone> {
+        let text = Utf8Bytes::try_from(error.frame()).map_err(|_| Gone)?;
+        self.send(Message::Text(text)).await
+    }
+
+    async fn send(&mut self, message: Message) -> Result<(), Gone> {
+        match timeout(SEND_TIME, self.socket.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Gone),
+        }
+    }
+
+    async fn close(&mut self, code: u16, reason: &'static str) {
+        let frame = CloseFrame { code, reason: Utf8Bytes::from_static(reason) };
+        drop(self.send(Message::Close(Some(frame))).await);
+    }
+}
+
+async fn next(running: &mut Option<Running>) -> Option<Item> {
+    match running {
+        Some(running) => running.items.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn keepalive_due(running: &Option<Running>) {
+    match running {
+        Some(running) => sleep_until(running.keepalive).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The `type` of a client's frame.
+fn frame_type(text: &str) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Frame {
+        r#type: String,
+    }
+    serde_json::from_str::<Frame>(text).ok().map(|frame| frame.r#type)
+}
