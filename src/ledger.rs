@@ -65,10 +65,15 @@ impl Ledger {
     /// Records a further attempt, before anything of it is sent. False if the turn is no longer ours: nothing may be sent.
     ///
     /// # Errors
-    /// Of the statement; then nothing may be sent.
+    /// Of the statement; then nothing may be sent, and the attempt does not count.
     pub async fn attempt(&self, opened: &mut Opened, next: Try) -> Result<bool, Error> {
-        opened.begin(Attempt::begin(opened.request().id, self.boot, next));
-        store::attempt(&self.db, opened).await
+        let mut with_next = opened.clone();
+        with_next.begin(Attempt::begin(opened.request().id, self.boot, next));
+        let recorded = store::attempt(&self.db, &with_next).await?;
+        if recorded {
+            *opened = with_next;
+        }
+        Ok(recorded)
     }
 
     /// Books the turn (one try). An attempt that has not ended counts as cut. True if this call booked it; false if it was booked before: by

@@ -211,7 +211,7 @@ impl Found {
             request_id: request,
             scope_id: self.scope,
             api_key_id: self.api_key,
-            account_id: attempts().last().map(|attempt| attempt.account_id),
+            account_id: attempts().next_back().map(|attempt| attempt.account_id),
             route: self.route.clone().into(),
             transport: self.transport.clone().into(),
             model: Some(self.model.clone()).filter(|model| !model.is_empty()),

@@ -2,3 +2,4 @@
 
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;
+pub(crate) mod store;
