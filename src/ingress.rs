@@ -28,8 +28,6 @@ use crate::{
     api_key::ApiKeys,
     db::Clock,
     error::{ApiError, Code},
-    ledger::Ledger,
-    quota::Quota,
     turn::{Budget, Engine},
     upstream::Upstream,
 };
@@ -40,12 +38,8 @@ pub struct State {
     pub engine: Engine,
     /// The pool's view, and small documents from upstream.
     pub upstream: Upstream,
-    /// The truth about limits.
-    pub quota: Quota,
     /// Client keys.
     pub keys: ApiKeys,
-    /// The request log.
-    pub ledger: Ledger,
     /// The database's clock.
     pub clock: Clock,
     /// Who may come in.

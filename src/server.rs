@@ -14,7 +14,7 @@ use tokio::{net::TcpListener, signal::unix::SignalKind};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    account::{self, Accounts},
+    account::{Accounts, sticky::Sticky},
     api_key::ApiKeys,
     bus::Bus,
     config::{Config, Drain},
@@ -94,26 +94,34 @@ impl Server {
         let bus = Bus::connect(&db).await?;
         let replica = Replica::register(&db, &config.replica_name, Timing::default()).await?;
         let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
-        let sticky = account::Sticky::new(db.clone());
-        let quota = Quota::load(&db, &bus, &tasks).await?;
-        let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
-        let ledger = Ledger::new(db.clone(), replica.boot(), &tasks);
+        let sticky = Sticky::new(db.clone());
+        let quota = Quota::load(&db).await?;
+        let keys = ApiKeys::load(&db, &bus, installation.pepper).await?;
+        let ledger = Ledger::new(&db, replica.boot());
         let upstream = Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
-        let engine = turn::Engine::new(upstream.clone(), quota.clone(), sticky.clone(), ledger.clone(), &tasks);
+        let engine = turn::Engine::new(
+            upstream.clone(),
+            accounts.clone(),
+            quota.clone(),
+            sticky.clone(),
+            ledger.clone(),
+            &tasks,
+        );
+        tasks.essential("quota", quota.clone().run(bus.clone(), tasks.clone()));
+        tasks.essential("api_keys", keys.clone().run(tasks.clone()));
+        drop(tasks.spawn("request_log", ledger.clone().run()));
         tasks.essential("bus", bus.run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
-        jobs::start(&tasks, &db, &ledger, &sticky, &upstream, config.retention_days);
+        jobs::start(&tasks, &ledger, &sticky, &upstream, config.retention_days);
 
         let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
         let state = Arc::new(ingress::State {
             engine: engine.clone(),
             upstream,
-            quota: quota.clone(),
             keys: keys.clone(),
-            ledger: ledger.clone(),
             clock: db.clock().clone(),
             gate: ingress::Gate::new(config.key_rule, address),
-            bytes: ingress::Budget::default(),
+            bytes: turn::Budget::default(),
             draining: phase.draining.clone(),
         });
         let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
@@ -163,9 +171,10 @@ impl Server {
         self.engine.cancel_all();
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();
-        self.quota.flush().await;
-        self.keys.flush().await;
-        self.ledger.flush().await;
+        if let Err(error) = self.quota.flush().await {
+            tracing::warn!(%error, "the newest quota samples are lost");
+        }
+        self.ledger.flush(LAST_WORDS).await;
         if let Err(error) = self.replica.leave().await {
             tracing::warn!(%error, "left without saying so");
         }

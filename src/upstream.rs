@@ -92,6 +92,10 @@ impl Upstream {
         &self.clock
     }
 
+    fn now(&self) -> i64 {
+        self.clock.now().as_second()
+    }
+
     /// How turns travel.
     #[must_use]
     pub fn transport(&self) -> config::Transport {

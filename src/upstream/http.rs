@@ -7,9 +7,12 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
 use super::{Upstream, authorize, credential::Credential, deadline};
-use crate::protocol::{
-    failure::{Deadline, Failure},
-    sse::{self, Splitter},
+use crate::{
+    db::Clock,
+    protocol::{
+        failure::{Class, Deadline, Failure},
+        sse::{self, Splitter},
+    },
 };
 
 /// How much of a refusal is read, and for how long.
@@ -20,6 +23,7 @@ const REFUSAL_TIME: Duration = Duration::from_secs(10);
 pub struct Events {
     response: Box<reqwest::Response>,
     splitter: Splitter,
+    clock: Clock,
 }
 
 impl Upstream {
@@ -33,7 +37,7 @@ impl Upstream {
         authorize(&mut headers, credential);
         let request = self.client.post(format!("{}/codex/responses", self.base)).headers(headers).body(body);
         let response = self.answered(request).await?;
-        Ok(Events { response: Box::new(response), splitter: Splitter::new(sse::MAX_EVENT_BYTES) })
+        Ok(Events { response: Box::new(response), splitter: Splitter::default(), clock: self.clock.clone() })
     }
 
     /// A small JSON document below the base URL.
@@ -46,22 +50,22 @@ impl Upstream {
         authorize(&mut headers, credential);
         let response = self.answered(self.client.get(format!("{}{path}", self.base)).headers(headers)).await?;
         let headers = response.headers().clone();
-        let body = timeout(deadline::HEADERS, response.bytes()).await.map_err(|_| Failure::timeout(Deadline::Idle))?;
-        Ok((headers, body.map_err(|error| network(&error))?))
+        let body = timeout(deadline::HEADERS, response.bytes()).await.map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
+        Ok((headers, body.map_err(|error| network(&error, self.now()))?))
     }
 
     /// Sends a request and waits for a head that says 200.
     async fn answered(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
         let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
             .await
-            .map_err(|_| Failure::timeout(Deadline::Headers))?
-            .map_err(|error| network(&error))?;
+            .map_err(|_| Failure::timeout(Deadline::Headers, self.now()))?
+            .map_err(|error| network(&error, self.now()))?;
         if response.status() == StatusCode::OK {
             return Ok(response);
         }
         let (status, headers) = (response.status(), response.headers().clone());
         let body = timeout(REFUSAL_TIME, refusal(response)).await.unwrap_or_default();
-        Err(Failure::from_http(status, &headers, body, self.clock.now().as_second()))
+        Err(Failure::from_http(status, &headers, &body, self.now()))
     }
 }
 
@@ -93,13 +97,13 @@ impl Events {
         loop {
             match self.splitter.next() {
                 Some(Ok(event)) => return Ok(Some(event)),
-                Some(Err(too_large)) => return Err(Failure::too_large(too_large.limit)),
+                Some(Err(too_large)) => return Err(self.too_large(&too_large)),
                 None => {}
             }
             match self.response.chunk().await {
                 Ok(Some(chunk)) => self.splitter.push(chunk),
                 Ok(None) => return Ok(None),
-                Err(_) => return Err(Failure::truncated()),
+                Err(_) => return Err(Failure::truncated(self.clock.now().as_second())),
             }
         }
     }
@@ -109,17 +113,21 @@ impl Events {
     /// # Errors
     /// As [`Events::next`].
     pub fn ready(&mut self) -> Result<Option<sse::Event>, Failure> {
-        self.splitter.next().transpose().map_err(|too_large| Failure::too_large(too_large.limit))
+        self.splitter.next().transpose().map_err(|too_large| self.too_large(&too_large))
+    }
+
+    fn too_large(&self, error: &sse::TooLarge) -> Failure {
+        Failure::local(Class::TooLarge, error.to_string(), self.clock.now().as_second())
     }
 }
 
 /// What the network did, without URLs or addresses.
-pub(super) fn network(error: &reqwest::Error) -> Failure {
-    if error.is_connect() {
-        Failure::unreachable()
-    } else if error.is_timeout() {
-        Failure::timeout(Deadline::Connect)
+pub(super) fn network(error: &reqwest::Error, now: i64) -> Failure {
+    if error.is_timeout() {
+        Failure::timeout(Deadline::Connect, now)
+    } else if error.is_connect() {
+        Failure::local(Class::Network, "Upstream cannot be reached", now)
     } else {
-        Failure::network()
+        Failure::local(Class::Network, "The connection to upstream broke", now)
     }
 }
