@@ -204,20 +204,19 @@ impl Limits {
 
     /// Ends the family's block if what is known since `observed_at` proves it over.
     fn lift(&mut self, family: &Family, observed_at: Timestamp, source: Source, now: i64) -> bool {
+        let Some(block) = self.blocks.get_mut(family) else {
+            return false;
+        };
+        if !block.stands() || block.until <= now {
+            return false;
+        }
         let windows = self.windows.iter().filter(|((of, _), _)| of == family);
         let worst = windows
-            .map(|((family, minutes), sample)| effective_used(&sample.view(family, *minutes), now));
-        match self.blocks.get_mut(family) {
-            Some(block)
-                if block.stands()
-                    && block.until > now
-                    && lifts(block, observed_at, source, worst.fold(0.0, f64::max)) =>
-            {
-                block.lifted_at = Some(observed_at);
-                true
-            }
-            _ => false,
-        }
+            .map(|((family, minutes), sample)| effective_used(&sample.view(family, *minutes), now))
+            .fold(0.0, f64::max);
+        let lifted_at = lifts(block, observed_at, source, worst);
+        block.lifted_at = lifted_at.or(block.lifted_at);
+        lifted_at.is_some()
     }
 }
 
@@ -316,7 +315,7 @@ mod tests {
             !is_blocked(&state, id, "codex_bengalfox", 11),
             "other families stay usable"
         );
-        let lifted = state.observe(id, &at_40, at(11), Source::Header, at(20));
+        let lifted = state.observe(id, &at_40, at(12), Source::Header, at(20));
         assert!(
             lifted.urgent && !is_blocked(&state, id, "codex", 20),
             "a turn that began after it was served"
@@ -356,7 +355,7 @@ mod tests {
             state.observe(
                 id,
                 &seen(family, &[(Window::FiveHour, 1.0, HOUR)]),
-                at(11),
+                at(12),
                 Source::Header,
                 at(20),
             );
@@ -379,7 +378,7 @@ mod tests {
         peer.observe(
             id,
             &seen("codex", &[(Window::Weekly, 20.0, HOUR)]),
-            at(11),
+            at(12),
             Source::Header,
             at(12),
         );

@@ -70,9 +70,8 @@ impl Replica {
     async fn start(test: &TestDb) -> Self {
         let db = connect(test).await;
         let (bus, tasks) = (Bus::connect(&db).await.unwrap(), Tasks::new());
-        let quota = Quota::load(&db).await.unwrap();
+        let quota = Quota::load(&db, &bus, &tasks).await.unwrap();
         tasks.essential("bus", bus.clone().run(tasks.clone()));
-        tasks.essential("quota", quota.clone().run(bus.clone(), tasks.clone()));
         Self {
             quota,
             bus,
@@ -152,15 +151,21 @@ async fn a_block_reaches_the_other_replica_and_a_turn_served_there_lifts_it_here
         1,
         "it began before the refusal"
     );
-    there
-        .quota
-        .observe(account, &weekly(41.0), Instant::now(), Source::Header);
+    let served = async {
+        while !there.quota.snapshot(account).1.is_empty() {
+            there
+                .quota
+                .observe(account, &weekly(41.0), Instant::now(), Source::Header);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, served).await.expect("a later one lifts");
     here.sees("the lift and what proved it", account, |used, blocks| {
         used == [41.0] && blocks.is_empty()
     })
     .await;
 
-    let restarted = Quota::load(&db).await.unwrap();
+    let restarted = Quota::read(&db).await.unwrap();
     assert_eq!(restarted.snapshot(account), there.quota.snapshot(account));
     here.stop().await;
     there.stop().await;
@@ -203,8 +208,8 @@ async fn a_late_write_of_an_older_observation_changes_nothing() {
     let account = AccountId::new();
     let (test, db) = database(&[account]).await;
     let (slow, fast) = (
-        Quota::load(&db).await.unwrap(),
-        Quota::load(&connect(&test).await).await.unwrap(),
+        Quota::read(&db).await.unwrap(),
+        Quota::read(&connect(&test).await).await.unwrap(),
     );
     slow.observe(account, &weekly(10.0), Instant::now(), Source::Header);
     fast.observe(
@@ -213,9 +218,9 @@ async fn a_late_write_of_an_older_observation_changes_nothing() {
         Instant::now() + Duration::from_millis(1),
         Source::Header,
     );
-    fast.flush().await.unwrap();
-    slow.flush().await.unwrap();
-    let stored = Quota::load(&db).await.unwrap().snapshot(account);
+    fast.flush().await;
+    slow.flush().await;
+    let stored = Quota::read(&db).await.unwrap().snapshot(account);
     assert_eq!(stored.0[0].used_percent, 90.0);
 }
 
@@ -223,14 +228,14 @@ async fn a_late_write_of_an_older_observation_changes_nothing() {
 async fn a_deleted_account_does_not_keep_others_from_being_stored() {
     let (deleted, kept) = (AccountId::new(), AccountId::new());
     let (_test, db) = database(&[deleted, kept]).await;
-    let quota = Quota::load(&db).await.unwrap();
+    let quota = Quota::read(&db).await.unwrap();
     for account in [deleted, kept] {
         quota.observe(account, &weekly(10.0), Instant::now(), Source::Header);
         quota.block(account, &Family::CODEX, None, "rate_limit_exceeded");
     }
     db.exec(&DELETE_ACCOUNT, &[&deleted]).await.unwrap();
-    quota.flush().await.unwrap();
-    let stored = Quota::load(&db).await.unwrap();
+    quota.flush().await;
+    let stored = Quota::read(&db).await.unwrap();
     assert_eq!(stored.snapshot(kept), quota.snapshot(kept));
     assert_eq!(stored.snapshot(deleted), (Vec::new(), Vec::new()));
 }
@@ -239,15 +244,15 @@ async fn a_deleted_account_does_not_keep_others_from_being_stored() {
 async fn an_observation_from_the_future_does_not_shut_out_the_present() {
     let account = AccountId::new();
     let (_test, db) = database(&[account]).await;
-    let quota = Quota::load(&db).await.unwrap();
+    let quota = Quota::read(&db).await.unwrap();
     quota.observe(
         account,
         &weekly(10.0),
         Instant::now() + Duration::from_secs(3_600),
         Source::Header,
     );
-    quota.flush().await.unwrap();
-    let later = Quota::load(&db).await.unwrap();
+    quota.flush().await;
+    let later = Quota::read(&db).await.unwrap();
     later.observe(account, &weekly(20.0), Instant::now(), Source::Header);
     assert_eq!(later.snapshot(account).0[0].used_percent, 20.0);
 }
