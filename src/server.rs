@@ -95,7 +95,7 @@ impl Server {
         let replica = Replica::register(&db, &config.replica_name, Timing::default()).await?;
         let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
         let sticky = Sticky::new(db.clone());
-        let quota = Quota::load(&db).await?;
+        let quota = Quota::load(&db, &bus, &tasks).await?;
         let keys = ApiKeys::load(&db, &bus, installation.pepper).await?;
         let ledger = Ledger::new(&db, replica.boot());
         let upstream = Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
@@ -107,7 +107,6 @@ impl Server {
             ledger.clone(),
             &tasks,
         );
-        tasks.essential("quota", quota.clone().run(bus.clone(), tasks.clone()));
         tasks.essential("api_keys", keys.clone().run(tasks.clone()));
         drop(tasks.spawn("request_log", ledger.clone().run()));
         tasks.essential("bus", bus.run(tasks.clone()));
@@ -171,9 +170,7 @@ impl Server {
         self.engine.cancel_all();
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();
-        if let Err(error) = self.quota.flush().await {
-            tracing::warn!(%error, "the newest quota samples are lost");
-        }
+        self.quota.flush().await;
         self.ledger.flush(LAST_WORDS).await;
         if let Err(error) = self.replica.leave().await {
             tracing::warn!(%error, "left without saying so");

@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
 use super::{Peer, State, gate, responses};
-use crate::{routing, secret, turn::Caller};
+use crate::{quota, secret, turn::Caller};
 
 type Shared = extract::State<Arc<State>>;
 type Parameters = Query<BTreeMap<String, String>>;
@@ -74,7 +74,7 @@ pub(super) async fn usage(extract::State(state): Shared, Extension(peer): Extens
         Err(error) => return error.into_response(),
     };
     let now = state.clock.now().as_second();
-    let body = routing::pool_view(&state.upstream.view(), now, caller.accounts()).usage(now);
+    let body = quota::pool_view(&state.upstream.view(), now, caller.accounts()).usage(now);
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 

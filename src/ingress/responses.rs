@@ -22,7 +22,7 @@ use crate::{
         compact,
         request::{self, Facts, Request, Shape},
     },
-    routing, task,
+    quota, task,
     turn::{Ask, Caller, End, Event, Held, Item, Stop, Transport, relay::Receiver},
 };
 
@@ -123,7 +123,7 @@ pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
 
 /// The pool's limits as headers.
 pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderValue)> {
-    routing::pool_view(&state.upstream.view(), state.clock.now().as_second(), caller.accounts()).headers()
+    quota::pool_view(&state.upstream.view(), state.clock.now().as_second(), caller.accounts()).headers()
 }
 
 /// What a turn showed first.

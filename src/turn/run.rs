@@ -583,7 +583,7 @@ impl<'a> Turn<'a> {
 
     /// The pool's limits in the form in which Codex reads one account's.
     fn pool_event(&self) -> bytes::Bytes {
-        routing::pool_view(&self.engine.upstream.view(), self.now(), self.ask.caller.accounts()).event()
+        quota::pool_view(&self.engine.upstream.view(), self.now(), self.ask.caller.accounts()).event()
     }
 
     /// A credential that cannot be had is upstream's refusal in other words.
