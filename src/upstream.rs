@@ -1,6 +1,7 @@
 //! Everything that leaves this process for the upstream: connections, fresh credentials, HTTP and WebSocket. It knows accounts, not
 //! clients, and keeps the [`View`] that selection reads.
 
+mod catalogue;
 pub mod credential;
 pub mod http;
 pub mod oauth;
@@ -18,7 +19,10 @@ use rustls::{
 use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 
-use self::credential::{Credential, Credentials};
+use self::{
+    catalogue::Catalogue,
+    credential::{Credential, Credentials},
+};
 use crate::{
     account::Accounts,
     bus::Bus,
@@ -49,6 +53,9 @@ pub struct Upstream {
     client: reqwest::Client,
     base: Arc<str>,
     credentials: Credentials,
+    quota: Quota,
+    accounts: Accounts,
+    catalogue: Catalogue,
     view: watch::Receiver<Arc<View>>,
     clock: Clock,
     transport: config::Transport,
@@ -70,8 +77,18 @@ impl Upstream {
         let client = client(config)?;
         let credentials = Credentials::new(accounts.clone(), client.clone(), &config.auth_url, db.clock().clone(), bus, tasks);
         let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
-        let clock = db.clock().clone();
-        Ok(Self { client, base: config.url.as_str().into(), credentials, view, clock, transport: config.transport })
+        let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
+        Ok(Self {
+            client,
+            base: config.url.as_str().into(),
+            credentials,
+            quota: quota.clone(),
+            accounts: accounts.clone(),
+            catalogue,
+            view,
+            clock: db.clock().clone(),
+            transport: config.transport,
+        })
     }
 
     /// The pool as it is known now.

@@ -88,14 +88,14 @@ impl Carrier {
         match self {
             Self::Http => {
                 let headers = headers::to_upstream_http(&ask.headers);
-                let events = upstream.create(credential, headers, ask.request.body.clone()).await?;
+                let events = upstream.create(account, credential, headers, ask.request.body.clone()).await?;
                 Ok(Source::Http(events))
             }
             Self::Socket(place) => {
                 if place.as_ref().is_none_or(|line| line.account != account) {
                     *place = None;
                     let headers = headers::to_upstream_websocket(&ask.headers);
-                    let socket = upstream.connect(credential, headers).await.map_err(Unsent::Nothing)?;
+                    let socket = upstream.connect(account, credential, headers).await.map_err(Unsent::Nothing)?;
                     *place = Some(Box::new(Line { socket, account, head: None }));
                 }
                 let line = place.as_mut().expect("just opened");

@@ -312,7 +312,6 @@ impl<'a> Turn<'a> {
             }
         };
         self.seen.phase = Some(Phase::Sent);
-        self.observe_headers(account, source.headers(), began);
         (generation, self.relay(source, account, began).await)
     }
 
@@ -399,6 +398,9 @@ impl<'a> Turn<'a> {
             Kind::Failed | Kind::Error => {
                 let terminal = Terminal::parse(event.kind(), &event.data());
                 let error = terminal.error.unwrap_or_default();
+                for observation in limits::from_headers(&error.headers, self.now()) {
+                    self.engine.quota.observe(account, &observation, began, quota::Source::Error);
+                }
                 return Ok(Some(Attempted::Failed(Failure::from_event(&error, self.now()), Some(event))));
             }
             Kind::Created => {
@@ -572,12 +574,6 @@ impl<'a> Turn<'a> {
         let reason = failure.code.as_deref().unwrap_or(failure.class.name());
         if let Err(error) = self.engine.accounts.set_lifecycle(account, lifecycle, reason, generation).await {
             tracing::warn!(account_id = %account, %error, "cannot note that an account is out of service");
-        }
-    }
-
-    fn observe_headers(&self, account: AccountId, headers: &HeaderMap, began: Instant) {
-        for observation in limits::from_headers(headers, self.now()) {
-            self.engine.quota.observe(account, &observation, began, quota::Source::Header);
         }
     }
 

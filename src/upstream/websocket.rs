@@ -14,10 +14,11 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{Upstream, authorize, credential::Credential, deadline, http::network};
+use super::{Upstream, authorize, credential::Credential, http::network};
 use crate::{
     db::Clock,
-    protocol::failure::{Class, Deadline, Failure},
+    ids::AccountId,
+    protocol::failure::{Class, Failure},
 };
 
 /// For the closing handshake.
@@ -38,7 +39,7 @@ impl Upstream {
     ///
     /// # Errors
     /// Classified: upstream's refusal of the handshake, or what the network did.
-    pub async fn connect(&self, credential: &Credential, mut headers: HeaderMap) -> Result<Socket, Failure> {
+    pub async fn connect(&self, account: AccountId, credential: &Credential, mut headers: HeaderMap) -> Result<Socket, Failure> {
         let key = generate_key();
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
@@ -46,15 +47,11 @@ impl Upstream {
         headers.insert(header::SEC_WEBSOCKET_KEY, HeaderValue::from_str(&key).expect("base64 is ASCII"));
         authorize(&mut headers, credential);
         let request = self.client.get(format!("{}/codex/responses", self.base)).headers(headers);
-        let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
-            .await
-            .map_err(|_| Failure::timeout(Deadline::Headers, self.now()))?
-            .map_err(|error| network(&error, self.now()))?;
-        let (status, headers) = (response.status(), response.headers().clone());
-        if status != StatusCode::SWITCHING_PROTOCOLS {
-            let body = timeout(CLOSE_TIME, response.bytes()).await.ok().and_then(Result::ok).unwrap_or_default();
-            return Err(Failure::from_http(status, &headers, &body, self.now()));
+        let response = self.head(account, request).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(self.refused(response).await);
         }
+        let headers = response.headers().clone();
         if headers.get(header::SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| accept != derive_accept_key(key.as_bytes()).as_str()) {
             return Err(Failure::local(Class::Network, "Upstream answered the handshake wrongly", self.now()));
         }
