@@ -125,6 +125,9 @@ impl Quota {
         let observed_at = anchor.time_of(began, Instant::now(), now);
         let change = state.observe(account, observation, observed_at, source, now);
         drop(known);
+        if change.urgent {
+            tracing::info!(%account, family = %observation.family, "a block is lifted early");
+        }
         self.announce(change);
     }
 

@@ -153,8 +153,10 @@ pub fn block_until(named: Option<i64>, now: Timestamp, jitter: f64) -> i64 {
     named
         .filter(|until| (seconds + 1..=seconds + HORIZON).contains(until))
         .unwrap_or_else(|| {
-            #[expect(clippy::cast_possible_truncation, reason = "60 to 73")]
-            let guess = (GUESS * (1.0 + jitter / 5.0)).ceil() as i64;
-            seconds + guess
+            let now = now.as_microsecond() as f64 / 1e6;
+            (now + GUESS * (1.0 + jitter / 5.0)).ceil() as i64
         })
 }
+
+#[cfg(test)]
+mod tests;

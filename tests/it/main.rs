@@ -1,7 +1,9 @@
 //! The promises that need a real Postgres, real sockets or real processes: one file each.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
+mod architecture;
 mod embedded;
+mod quota;
 mod keys;
 mod ledger;
 mod support;
