@@ -131,7 +131,6 @@ impl Ledger {
         }
         if swept > 0 {
             telemetry::count("drawbridge_ledger_sweeps_total");
-            tracing::warn!(swept, "turns of dead replicas were settled by estimate");
         }
         Ok(swept)
     }
