@@ -55,20 +55,30 @@ struct Probe {
 }
 
 impl ApiKeys {
-    /// Reads every key.
+    /// Reads every key, and follows the bus from then on until the process stops.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn load(db: &Db, bus: &Bus, pepper: Pepper) -> Result<Self, Error> {
+    pub async fn load(db: &Db, bus: &Bus, pepper: Pepper, tasks: &Tasks) -> Result<Self, Error> {
         let view = View::read(db, bus).await?;
-        Ok(Self(Arc::new(Inner {
+        let keys = Self(Arc::new(Inner {
             db: db.clone(),
             bus: bus.clone(),
             pepper,
             view: watch::Sender::new(Arc::new(view)),
             probe: tokio::sync::Mutex::default(),
             used: Mutex::default(),
-        })))
+        }));
+        let (follower, stop) = (keys.clone(), tasks.stopping());
+        tasks.essential("api_keys", async move {
+            stop.run_until_cancelled(follower.follow()).await;
+        });
+        let writer = keys.clone();
+        tasks.periodic("api_keys_used", TOUCH, move || {
+            let keys = writer.clone();
+            async move { keys.flush().await }
+        });
+        Ok(keys)
     }
 
     /// Lets a key in. Only a well-formed key that is not in memory makes it look: at most one read of versions per 200 ms serves all of
@@ -96,9 +106,16 @@ impl ApiKeys {
         !self.0.view.borrow().keys.is_empty()
     }
 
-    /// Follows the bus, and writes when keys were last used, until the process stops.
-    pub async fn run(self, tasks: Tasks) {
-        tokio::join!(self.follow(&tasks), self.touch(&tasks));
+    /// Writes when keys were last used: once a minute, and when the process ends.
+    pub async fn flush(&self) {
+        let used: Vec<ApiKeyId> = self.used().drain().collect();
+        if used.is_empty() {
+            return;
+        }
+        if let Err(error) = store::touch(&self.0.db, &used).await {
+            tracing::debug!(%error, "when keys were last used is not written");
+            self.used().extend(used);
+        }
     }
 
     fn get(&self, hash: &[u8; 32]) -> Option<Arc<Key>> {
@@ -150,37 +167,17 @@ impl ApiKeys {
         Ok(())
     }
 
-    async fn follow(&self, tasks: &Tasks) {
+    async fn follow(&self) {
         let mut changes = self.0.bus.subscribe(Topic::ApiKeys);
-        let work = async {
-            // What changed between reading and subscribing is read by the first turn.
-            loop {
-                while self.0.view.borrow().version < self.0.bus.version(Topic::ApiKeys) {
-                    if let Err(error) = self.reload().await {
-                        tracing::warn!(%error, "the keys cannot be read");
-                        sleep(RETRY).await;
-                    }
-                }
-                if changes.changed().await.is_none() {
-                    return;
-                }
-            }
-        };
-        tasks.stopping().run_until_cancelled(work).await;
-    }
-
-    async fn touch(&self, tasks: &Tasks) {
-        let stop = tasks.stopping();
         loop {
-            let stopped = stop.run_until_cancelled(sleep(TOUCH)).await.is_none();
-            let used: Vec<ApiKeyId> = self.used().drain().collect();
-            if !used.is_empty()
-                && let Err(error) = store::touch(&self.0.db, &used).await
-            {
-                tracing::debug!(%error, "when keys were last used is not written");
-                self.used().extend(used);
+            // First what changed between reading and subscribing.
+            while self.0.view.borrow().version < self.0.bus.version(Topic::ApiKeys) {
+                if let Err(error) = self.reload().await {
+                    tracing::warn!(%error, "the keys cannot be read");
+                    sleep(RETRY).await;
+                }
             }
-            if stopped {
+            if changes.changed().await.is_none() {
                 return;
             }
         }

@@ -44,7 +44,9 @@ fn text(created: &Created) -> String {
 
 async fn load(db: &Db) -> ApiKeys {
     let bus = Bus::connect(db).await.unwrap();
-    ApiKeys::load(db, &bus, pepper()).await.unwrap()
+    ApiKeys::load(db, &bus, pepper(), &Tasks::new())
+        .await
+        .unwrap()
 }
 
 /// A replica that follows the bus, until it is dropped.
@@ -56,10 +58,9 @@ struct Replica {
 impl Replica {
     async fn start(db: &Db) -> Self {
         let bus = Bus::connect(db).await.unwrap();
-        let keys = ApiKeys::load(db, &bus, pepper()).await.unwrap();
         let tasks = Tasks::new();
+        let keys = ApiKeys::load(db, &bus, pepper(), &tasks).await.unwrap();
         tasks.essential("bus", bus.run(tasks.clone()));
-        tasks.essential("api_keys", keys.clone().run(tasks.clone()));
         Self { keys, tasks }
     }
 
@@ -268,8 +269,7 @@ async fn when_a_key_was_last_used_is_known_after_the_process_ended() {
     create(&store.db, &named("unused")).await;
     let replica = Replica::start(&store.db).await;
     replica.keys.authenticate(&text(&used)).await.unwrap();
-    replica.tasks.stop();
-    assert!(replica.tasks.drained(Duration::from_secs(10)).await);
+    replica.keys.flush().await;
     for key in api_key::list(&store.db).await.unwrap() {
         assert_eq!(
             key.last_used_at.is_some(),

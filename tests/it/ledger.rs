@@ -33,7 +33,7 @@ async fn replica(store: &Store) -> (Ledger, BootId) {
         )
         .await
         .unwrap();
-    (Ledger::new(&store.db, boot), boot)
+    (Ledger::new(store.db.clone(), boot, &Tasks::new()), boot)
 }
 
 async fn bury(client: &Client, boot: BootId) {
@@ -114,24 +114,11 @@ fn settlement(outcome: Outcome) -> Settlement {
     }
 }
 
-/// A span of time that contains this test.
-fn today() -> (Timestamp, Timestamp) {
+async fn reconcile(ledger: &Ledger) -> Reconciliation {
     let (seconds, _) = TurnId::new().0.get_timestamp().unwrap().to_unix();
     let now = Timestamp::from_second(i64::try_from(seconds).unwrap()).unwrap();
-    (
-        now - SignedDuration::from_hours(1),
-        now + SignedDuration::from_hours(1),
-    )
-}
-
-async fn reconcile(ledger: &Ledger) -> Reconciliation {
-    let (from, to) = today();
-    ledger.reconcile(from, to).await.unwrap()
-}
-
-async fn mend(ledger: &Ledger) -> u64 {
-    let (from, to) = today();
-    ledger.mend(from, to).await.unwrap()
+    let hour = SignedDuration::from_hours(1);
+    ledger.reconcile(now - hour, now + hour).await.unwrap()
 }
 
 /// Asserts that both sides agree and yields one of them.
@@ -140,10 +127,6 @@ async fn agreed(ledger: &Ledger) -> drawbridge::ledger::Side {
     assert_eq!(both.turns, both.log);
     assert_eq!(both.differing, []);
     both.turns
-}
-
-async fn flush(ledger: &Ledger) {
-    ledger.flush(Duration::from_secs(10)).await;
 }
 
 async fn text(client: &Client, query: &str) -> String {
@@ -213,7 +196,7 @@ async fn an_attempt_is_on_record_before_it_is_sent_and_a_turn_is_booked_once() {
             text(&store.client, row).await,
             "settled completed resp_1 1000 100 3150000 f 3 9"
         );
-        flush(&ledger).await;
+        ledger.flush().await;
         let side = agreed(&ledger).await;
         assert_eq!(
             (
@@ -273,8 +256,8 @@ async fn a_retry_is_an_attempt_of_the_turn_that_did_not_complete() {
                 .await
                 .unwrap();
         }
-        flush(&ledger).await;
-        flush(&other).await;
+        ledger.flush().await;
+        other.flush().await;
         let side = agreed(&ledger).await;
         assert_eq!((side.turns, side.attempts), (3, 4));
         assert_eq!(
@@ -314,7 +297,7 @@ async fn of_racing_retries_one_takes_the_turn_and_the_others_are_turns_of_their_
                 );
             }
         }
-        flush(&ledger).await;
+        ledger.flush().await;
         assert_eq!(agreed(&ledger).await.attempts, 50);
     }
 }
@@ -365,7 +348,7 @@ async fn texts_of_clients_cannot_keep_a_turn_from_being_booked() {
         ..end.answer.clone()
     };
     ledger.refuse(&opening(ScopeId::new(), None).request, &poison);
-    flush(&ledger).await;
+    ledger.flush().await;
     assert_eq!(
         text(&store.client, "select count(*)::text from request_log").await,
         "1"
@@ -421,8 +404,6 @@ async fn a_settlement_leaves_a_preference_and_an_account_that_went_does_not_stop
 async fn the_log_is_written_beside_the_requests_refused_ones_included() {
     for store in Store::both_ways().await {
         let (ledger, _) = replica(&store).await;
-        let tasks = Tasks::new();
-        drop(tasks.spawn("request_log", ledger.clone().run()));
         for _ in 0..1_200 {
             ledger.refuse(
                 &opening(ScopeId::new(), None).request,
@@ -438,14 +419,10 @@ async fn the_log_is_written_beside_the_requests_refused_ones_included() {
             &opening(ScopeId::new(), None).request,
             &settlement(Outcome::Refused).answer,
         );
-        flush(&ledger).await;
+        ledger.flush().await;
         assert_eq!(
             text(&store.client, "select count(*)::text from request_log").await,
             "1201"
-        );
-        assert!(
-            tasks.drained(Duration::from_secs(10)).await,
-            "flushing ends the writer"
         );
         assert_eq!(agreed(&ledger).await.turns, 0);
     }

@@ -1,6 +1,9 @@
 //! What is used is booked once, whatever dies in between.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use drawbridge::{
     ids::{AccountId, BootId, ScopeId, TurnId},
@@ -11,10 +14,11 @@ use drawbridge::{
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use super::{
-    agreed, bury, ended, flush, mend, open, opening, reconcile, replica, reported, settlement,
-    text, to,
+    agreed, bury, ended, open, opening, reconcile, replica, reported, settlement, text, to,
 };
 use crate::support::store::Store;
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 #[tokio::test]
 async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_are_left_alone() {
@@ -22,7 +26,7 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
         let (dead, boot) = replica(&store).await;
         let (one, _) = replica(&store).await;
         let (other, _) = replica(&store).await;
-        let unknown = Ledger::new(&store.db, BootId::new());
+        let unknown = Ledger::new(store.db.clone(), BootId::new(), &Tasks::new());
         let scope = ScopeId::new();
         let mut late = open(&dead, scope, "a").await;
         for _ in 0..300 {
@@ -60,7 +64,7 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
                 .await
                 .unwrap()
         );
-        flush(&dead).await;
+        dead.flush().await;
         assert_eq!(agreed(&one).await, side);
         // Its client comes back elsewhere.
         let retry = open(&other, scope, "a").await;
@@ -96,7 +100,7 @@ async fn an_opening_whose_answer_was_lost_is_taken_back_without_a_trace_of_use()
     ledger.clone().withdraw(retry.request(), &tasks);
     assert!(tasks.drained(Duration::from_secs(10)).await);
     assert_eq!(text(&store.client, row).await, "settled failed 1 1 7");
-    flush(&ledger).await;
+    ledger.flush().await;
     assert_eq!(agreed(&ledger).await.input_tokens, 7);
 }
 
@@ -122,7 +126,7 @@ async fn a_turn_is_booked_in_the_background_when_the_database_is_back() {
     store.client.query_one(kill, &[]).await.unwrap();
     store.client.batch_execute("commit").await.unwrap();
     assert!(tasks.drained(Duration::from_secs(10)).await);
-    flush(&ledger).await;
+    ledger.flush().await;
     assert_eq!(agreed(&ledger).await.input_tokens, 10);
 }
 
@@ -132,26 +136,44 @@ async fn a_log_that_died_with_its_process_is_written_from_the_ledger() {
         let (died, _) = replica(&store).await;
         let (ledger, _) = replica(&store).await;
         let scope = ScopeId::new();
+        let mut turns = Vec::new();
         for outcome in [Outcome::Failed, Outcome::Completed] {
             let mut turn = open(&died, scope, "t").await;
             turn.end(ended(reported(10, 1)));
             died.settle(&turn, &settlement(outcome)).await.unwrap();
+            turns.push(turn);
         }
-        assert_eq!(reconcile(&ledger).await.differing.len(), 1);
-        assert_eq!(mend(&ledger).await, 0, "it may still be in the queue");
+        died.flush().await;
         store
             .client
-            .batch_execute("update turns set settled_at = now() - interval '2 minutes'")
+            .batch_execute("delete from request_log")
             .await
             .unwrap();
-        assert_eq!(mend(&ledger).await, 1);
-        assert_eq!(mend(&ledger).await, 0);
+        assert_eq!(reconcile(&ledger).await.differing, [turns[0].turn()]);
+        assert_eq!(
+            ledger.mend(HOUR).await.unwrap(),
+            0,
+            "it may still be in a queue"
+        );
+        settled_long_ago(&store).await;
+        assert_eq!(ledger.mend(HOUR).await.unwrap(), 1);
+        assert_eq!(ledger.mend(HOUR).await.unwrap(), 0);
+        // The process was only slow: its own entries come too late and change nothing.
+        for turn in &turns {
+            died.settle(turn, &settlement(Outcome::Completed))
+                .await
+                .unwrap();
+        }
+        died.flush().await;
         let rows = "select string_agg(concat_ws(' ', outcome, status, input_tokens), ', ' order by request_id) from request_log";
         assert_eq!(text(&store.client, rows).await, "failed 10, completed 10");
-        // The process was only slow: its own entries come too late and change nothing.
-        flush(&died).await;
         assert_eq!(agreed(&ledger).await.input_tokens, 20);
     }
+}
+
+async fn settled_long_ago(store: &Store) {
+    let age = "update turns set settled_at = settled_at - interval '2 minutes'";
+    store.client.batch_execute(age).await.unwrap();
 }
 
 /// What upstream saw of one attempt: whose, and the usage that it reported before the process died, if it did.
@@ -206,31 +228,35 @@ async fn killed_at_any_moment_the_ledger_has_every_attempt_that_upstream_saw_and
     for store in Store::both_ways().await {
         let (survivor, _) = replica(&store).await;
         let scope = ScopeId::new();
-        let upstream = Seen::default();
+        let upstream = Arc::new(Seen::default());
         for _ in 0..4 {
-            let (victim, boot) = replica(&store).await;
+            let (_, boot) = replica(&store).await;
             let fate = upstream.lock().unwrap().len() + seeds.random_range(1..100);
-            let writer = victim.clone().run();
-            let turns = (0..12).map(|_| {
-                let mut rng = StdRng::seed_from_u64(seeds.random());
-                let (victim, upstream) = (&victim, &upstream);
-                async move {
-                    loop {
-                        run_turn(victim, scope, &mut rng, upstream).await;
+            // Everything of the process runs here, its connections included.
+            let process = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap();
+            let (db, seed) = (store.another(), seeds.random::<u64>());
+            let seen = Arc::clone(&upstream);
+            process.spawn(async move {
+                let victim = Ledger::new(db, boot, &Tasks::new());
+                let turns = (0..12).map(|index| {
+                    let mut rng = StdRng::seed_from_u64(seed ^ index);
+                    let (victim, upstream) = (&victim, &seen);
+                    async move {
+                        loop {
+                            run_turn(victim, scope, &mut rng, upstream).await;
+                        }
                     }
-                }
+                });
+                futures_util::future::join_all(turns).await
             });
-            // It dies in the middle of all of them: nothing of it goes on, its log is not flushed.
-            let death = async {
-                while upstream.lock().unwrap().len() < fate {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            };
-            tokio::select! {
-                _ = futures_util::future::join_all(turns) => unreachable!("turns follow turns"),
-                () = writer => unreachable!("nobody closes the log"),
-                () = death => {}
+            while upstream.lock().unwrap().len() < fate {
+                tokio::time::sleep(Duration::from_millis(1)).await;
             }
+            process.shutdown_background();
             bury(&store.client, boot).await;
         }
         // A statement that was on its way may land after the death, and is found by a later sweep.
@@ -241,12 +267,8 @@ async fn killed_at_any_moment_the_ledger_has_every_attempt_that_upstream_saw_and
             survivor.sweep().await.unwrap();
             assert!(tokio::time::Instant::now() < deadline, "turns stay open");
         }
-        store
-            .client
-            .batch_execute("update turns set settled_at = settled_at - interval '2 minutes'")
-            .await
-            .unwrap();
-        mend(&survivor).await;
+        settled_long_ago(&store).await;
+        survivor.mend(HOUR).await.unwrap();
         let side = agreed(&survivor).await;
 
         let booked = "select (a ->> 'request')::uuid, (a ->> 'estimated')::bool, coalesce((a -> 'usage' ->> 'input')::bigint, 0),
@@ -269,7 +291,7 @@ async fn killed_at_any_moment_the_ledger_has_every_attempt_that_upstream_saw_and
             .collect();
         assert_eq!(side.attempts, i64::try_from(booked.len()).unwrap());
         assert!(side.estimated > 0, "the test says nothing: {side:?}");
-        for (request, usage) in upstream.into_inner().unwrap() {
+        for (request, usage) in upstream.lock().unwrap().drain(..) {
             // In order of their attempts, so the first one left is the same.
             let index = booked
                 .iter()

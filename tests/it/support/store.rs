@@ -11,6 +11,8 @@ pub(crate) struct Store {
     pub(crate) db: Db,
     /// For looking behind its back.
     pub(crate) client: Client,
+    pooled: Endpoint,
+    direct: Endpoint,
     _pooler: Option<PgBouncer>,
     _test: TestDb,
 }
@@ -29,18 +31,26 @@ impl Store {
         ]
     }
 
+    /// The same database as another process reaches it.
+    pub(crate) fn another(&self) -> Db {
+        Db::new(&self.pooled, &self.direct).unwrap()
+    }
+
     async fn open(pooler: Option<PgBouncer>) -> Self {
         let test = TestDb::migrated(async |url| {
             migrate(&Endpoint::parse(&url).unwrap()).await.unwrap();
         })
         .await;
         let direct = Endpoint::parse(&test.url).unwrap();
-        let pooled = pooler
-            .as_ref()
-            .map(|pooler| Endpoint::parse(&pooler.url(&test)).unwrap());
+        let pooled = match &pooler {
+            Some(pooler) => Endpoint::parse(&pooler.url(&test)).unwrap(),
+            None => direct.clone(),
+        };
         Self {
-            db: Db::new(pooled.as_ref().unwrap_or(&direct), &direct).unwrap(),
+            db: Db::new(&pooled, &direct).unwrap(),
             client: test.connect().await,
+            pooled,
+            direct,
             _pooler: pooler,
             _test: test,
         }
