@@ -2,6 +2,9 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "the commands talk to people")]
 
+mod accounts;
+mod keys;
+
 use std::{fmt, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
@@ -35,6 +38,12 @@ pub struct Cli {
 enum Command {
     /// Run the service
     Serve,
+    /// The pool's accounts
+    #[command(subcommand)]
+    Accounts(accounts::AccountsCommand),
+    /// Client keys
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Bring the database schema up to date
     Migrate,
     /// Check the settings and print them
@@ -97,6 +106,12 @@ impl Cli {
                     .map_err(|error| BadConfiguration(vec![format!("DRAWBRIDGE_LOG: {error}")]))?;
                 unknown.iter().for_each(|warning| tracing::warn!("{warning}"));
                 return serve(config).await;
+            }
+            Command::Accounts(command) => {
+                with_context(&config, self.json, async |context| accounts::run(command, context).await).await?;
+            }
+            Command::Keys(command) => {
+                with_context(&config, self.json, async |context| keys::run(command, context).await).await?;
             }
             Command::Migrate => {
                 let data = Data::open(&config).await?;

@@ -46,8 +46,8 @@ pub struct State {
     pub gate: Gate,
     /// Bytes of bodies held at once.
     pub bytes: Budget,
-    /// Set in the lame duck phase.
-    pub draining: CancellationToken,
+    /// Set when sockets should move elsewhere.
+    pub closing: CancellationToken,
 }
 
 /// The raw socket address of the caller; forwarded headers never count.

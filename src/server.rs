@@ -96,8 +96,8 @@ impl Server {
         let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
         let sticky = Sticky::new(db.clone());
         let quota = Quota::load(&db, &bus, &tasks).await?;
-        let keys = ApiKeys::load(&db, &bus, installation.pepper).await?;
-        let ledger = Ledger::new(&db, replica.boot());
+        let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
+        let ledger = Ledger::new(db.clone(), replica.boot(), &tasks);
         let upstream = Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
         let engine = turn::Engine::new(
             upstream.clone(),
@@ -107,8 +107,6 @@ impl Server {
             ledger.clone(),
             &tasks,
         );
-        tasks.essential("api_keys", keys.clone().run(tasks.clone()));
-        drop(tasks.spawn("request_log", ledger.clone().run()));
         tasks.essential("bus", bus.run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
         jobs::start(&tasks, &ledger, &sticky, &upstream, config.retention_days);
@@ -121,7 +119,7 @@ impl Server {
             clock: db.clock().clone(),
             gate: ingress::Gate::new(config.key_rule, address),
             bytes: turn::Budget::default(),
-            draining: phase.draining.clone(),
+            closing: phase.closing.clone(),
         });
         let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
         tasks.essential("clients", connection::accept(client, router, phase.clone(), tasks.clone()));
@@ -171,7 +169,8 @@ impl Server {
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();
         self.quota.flush().await;
-        self.ledger.flush(LAST_WORDS).await;
+        self.keys.flush().await;
+        self.ledger.flush().await;
         if let Err(error) = self.replica.leave().await {
             tracing::warn!(%error, "left without saying so");
         }
@@ -181,6 +180,11 @@ impl Server {
             tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");
         }
         booked && ended
+    }
+
+    /// Waits until no turn runs, at most `patience`. True if none does.
+    pub async fn idle(&self, patience: Duration) -> bool {
+        self.engine.idle(patience).await
     }
 
     /// Drains with a given patience and stops; what tests call instead of a signal.

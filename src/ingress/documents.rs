@@ -63,7 +63,7 @@ fn document(state: &State, caller: &Caller, headers: &HeaderMap, body: Bytes) ->
     let out = response.headers_mut();
     out.insert(header::ETAG, etag);
     out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    out.extend(responses::limits(state, caller).into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    out.extend(responses::limits(state, caller));
     response
 }
 

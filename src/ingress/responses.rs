@@ -80,7 +80,7 @@ async fn respond(state: &State, peer: Peer, headers: HeaderMap, body: Body, dial
     let items = state.engine.start(ask);
     let answer = if streams { stream(state, items, dialect, id).await } else { collected(state, items).await };
     let mut response = answer.unwrap_or_else(|error| error.into_response());
-    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    response.headers_mut().extend(pool);
     response
 }
 
@@ -201,7 +201,7 @@ async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, di
     };
     let answer: Result<Response, ApiError> = answer.await;
     let mut response = answer.map_err(|error| error.headers(pool.clone()))?;
-    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    response.headers_mut().extend(pool);
     Ok(response)
 }
 

@@ -69,7 +69,7 @@ async fn accept(extract::State(state): Shared, Extension(peer): Extension<Peer>,
         .on_upgrade(move |socket| async move {
             Client { state, caller, headers: parts.headers, dialect, session, socket }.serve().await;
         });
-    response.headers_mut().extend(pool.into_iter().map(|(name, value)| (Some(name), value)).collect::<HeaderMap>());
+    response.headers_mut().extend(pool);
     response
 }
 
@@ -92,6 +92,14 @@ struct Running {
     keepalive: Deadline,
 }
 
+/// What happened next.
+enum Step {
+    Item(Option<Item>),
+    Message(Option<Result<Message, axum::Error>>),
+    KeepAlive,
+    Drain,
+}
+
 /// The client is gone, or no longer takes what it asked for.
 struct Gone;
 
@@ -99,23 +107,29 @@ impl Client {
     /// Serves until the client leaves, or the process closes between two turns.
     async fn serve(mut self) {
         let mut running: Option<Running> = None;
+        let closing = self.state.closing.clone();
         loop {
-            let draining = self.state.draining.clone();
+            let due = running.as_ref().map(|running| running.keepalive);
+            let idle = running.is_none();
             let step = tokio::select! {
                 biased;
-                item = next(&mut running) => self.relay(&mut running, item).await,
-                message = self.socket.recv() => match message {
-                    Some(Ok(message)) => self.receive(&mut running, message).await,
-                    Some(Err(_)) | None => Err(Gone),
-                },
-                () = keepalive_due(&running) => self.keep_alive(&mut running).await,
+                item = next(&mut running) => Step::Item(item),
+                message = self.socket.recv() => Step::Message(message),
+                () = keepalive_due(due) => Step::KeepAlive,
                 // Between turns, so that the client reconnects elsewhere without noticing.
-                () = draining.cancelled(), if running.is_none() => {
+                () = closing.cancelled(), if idle => Step::Drain,
+            };
+            let done = match step {
+                Step::Item(item) => self.relay(&mut running, item).await,
+                Step::Message(Some(Ok(message))) => self.receive(&mut running, message).await,
+                Step::Message(Some(Err(_)) | None) => Err(Gone),
+                Step::KeepAlive => self.keep_alive(&mut running).await,
+                Step::Drain => {
                     self.close(close_code::RESTART, "the service is restarting").await;
                     Err(Gone)
                 }
             };
-            if step.is_err() {
+            if done.is_err() {
                 return;
             }
         }
@@ -252,9 +266,9 @@ async fn next(running: &mut Option<Running>) -> Option<Item> {
     }
 }
 
-async fn keepalive_due(running: &Option<Running>) {
-    match running {
-        Some(running) => sleep_until(running.keepalive).await,
+async fn keepalive_due(due: Option<Deadline>) {
+    match due {
+        Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
     }
 }

@@ -3,6 +3,7 @@
 
 mod architecture;
 mod embedded;
+mod http;
 mod quota;
 mod keys;
 mod ledger;

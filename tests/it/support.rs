@@ -1,5 +1,6 @@
 //! What the tests stand on.
 
+pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;
 pub(crate) mod store;
