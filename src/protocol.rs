@@ -11,5 +11,6 @@ pub mod event;
 pub mod failure;
 mod lenient;
 pub mod limits;
+pub mod request;
 pub mod sse;
 pub mod usage;
