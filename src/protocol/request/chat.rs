@@ -16,7 +16,9 @@ pub(super) fn items(messages: &str) -> Result<String, Invalid> {
         match role {
             "system" | "developer" | "user" | "assistant" => {
                 let content = parts(&message["content"], role == "assistant")?;
-                let calls = message["tool_calls"].as_array().filter(|_| role == "assistant");
+                let calls = message["tool_calls"]
+                    .as_array()
+                    .filter(|_| role == "assistant");
                 if content != json!([]) || calls.is_none() {
                     items.push(json!({"type": "message", "role": role, "content": content}));
                 }
@@ -25,7 +27,11 @@ pub(super) fn items(messages: &str) -> Result<String, Invalid> {
                 }
             }
             "tool" => items.push(message.clone()),
-            _ => return Err(wrong("`messages` take the roles system, developer, user, assistant, tool.")),
+            _ => {
+                return Err(wrong(
+                    "`messages` take the roles system, developer, user, assistant, tool.",
+                ));
+            }
         }
     }
     Ok(Value::Array(items).to_string())
@@ -36,12 +42,18 @@ fn wrong(message: &str) -> Invalid {
 }
 
 fn parts(content: &Value, assistant: bool) -> Result<Value, Invalid> {
-    let kind = if assistant { "output_text" } else { "input_text" };
+    let kind = if assistant {
+        "output_text"
+    } else {
+        "input_text"
+    };
     match content {
         Value::Null => Ok(json!([])),
         Value::String(text) => Ok(json!([{"type": kind, "text": text}])),
         Value::Array(parts) => parts.iter().map(|part| self::part(part, kind)).collect(),
-        _ => Err(wrong("The `content` of a message must be a string or an array.")),
+        _ => Err(wrong(
+            "The `content` of a message must be a string or an array.",
+        )),
     }
 }
 
@@ -77,7 +89,9 @@ fn tool_call(call: &Value) -> Result<Value, Invalid> {
         .ok_or_else(|| wrong("Every tool call must have an `id`."))?;
     if let Some(custom) = call.get("custom") {
         let (name, input) = (&custom["name"], &custom["input"]);
-        return Ok(json!({"type": "custom_tool_call", "call_id": id, "name": name, "input": input}));
+        return Ok(
+            json!({"type": "custom_tool_call", "call_id": id, "name": name, "input": input}),
+        );
     }
     let (name, arguments) = (&call["function"]["name"], &call["function"]["arguments"]);
     if !name.is_string() {

@@ -23,8 +23,16 @@ const REFUSED: [&str; 10] = [
 
 /// Other spellings of a member of a field: the field, the member, the aliases.
 const ALIASES: [(&str, &str, &[&str]); 3] = [
-    ("reasoning", "effort", &["reasoning_effort", "reasoningEffort"]),
-    ("reasoning", "summary", &["reasoning_summary", "reasoningSummary"]),
+    (
+        "reasoning",
+        "effort",
+        &["reasoning_effort", "reasoningEffort"],
+    ),
+    (
+        "reasoning",
+        "summary",
+        &["reasoning_summary", "reasoningSummary"],
+    ),
     ("text", "verbosity", &["verbosity", "textVerbosity"]),
 ];
 
@@ -131,7 +139,10 @@ fn unambiguous(body: &Container<'_>) -> Result<(), Invalid> {
 fn model(body: &Container<'_>) -> Result<String, Invalid> {
     let model = body.string("model").unwrap_or_default();
     if model.trim().is_empty() || model.len() > MODEL || model.contains(char::is_control) {
-        return Err(Invalid::new("model", "`model` must be the name of a model."));
+        return Err(Invalid::new(
+            "model",
+            "`model` must be the name of a model.",
+        ));
     }
     Ok(model.into_owned())
 }
@@ -296,7 +307,12 @@ fn rename(tool: &mut Container<'_>) -> bool {
 fn truncation(body: &mut Container<'_>) -> Result<(), Invalid> {
     match text(body, "truncation")?.as_deref() {
         None | Some("auto" | "disabled") => body.remove("truncation"),
-        Some(_) => return Err(Invalid::new("truncation", "`truncation` takes auto, disabled.")),
+        Some(_) => {
+            return Err(Invalid::new(
+                "truncation",
+                "`truncation` takes auto, disabled.",
+            ));
+        }
     }
     Ok(())
 }
@@ -342,7 +358,10 @@ fn made(body: &Container<'_>, messages: Option<&str>) -> Result<Option<String>, 
         (Some(messages), b'[') if Container::array(raw).is_ok_and(|list| list.is_empty()) => {
             chat::items(messages).map(Some)
         }
-        (Some(_), _) => Err(Invalid::new("messages", "Send either `input` or `messages`.")),
+        (Some(_), _) => Err(Invalid::new(
+            "messages",
+            "Send either `input` or `messages`.",
+        )),
         (None, b'"') => {
             let part = format!(r#"{{"type":"input_text","text":{raw}}}"#);
             let item = format!(r#"{{"type":"message","role":"user","content":[{part}]}}"#);
