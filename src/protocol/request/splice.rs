@@ -26,11 +26,6 @@ pub(super) fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// Whether a raw value is null.
-pub(super) fn is_null(raw: &str) -> bool {
-    raw == "null"
-}
-
 #[derive(Debug)]
 enum Edit {
     Keep,
@@ -88,7 +83,7 @@ impl<'a> Container<'a> {
 
     /// The original value of `key`, if it says anything.
     pub(super) fn present(&self, key: &str) -> Option<&'a str> {
-        self.get(key).filter(|raw| !is_null(raw))
+        self.get(key).filter(|raw| *raw != "null")
     }
 
     /// The original value of `key`, if it is a string.
@@ -104,6 +99,11 @@ impl<'a> Container<'a> {
     /// The original values, in order.
     pub(super) fn values(&self) -> impl Iterator<Item = &'a str> {
         self.members.iter().map(|member| member.value)
+    }
+
+    /// Without a member of its own.
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
     }
 
     /// Makes `json` the value of `key`, where it stands or else at the end.
