@@ -49,7 +49,7 @@ pub(super) async fn refresh(client: &reqwest::Client, auth_url: &str, refresh: &
         "scope": "openid profile email",
     });
     let exchange = async {
-        let url = format!("{}/oauth/token", auth_url.trim_end_matches('/'));
+        let url = format!("{auth_url}/oauth/token");
         let response = client.post(url).json(&body).send().await?;
         Ok((response.status(), response.bytes().await?))
     };
@@ -192,7 +192,7 @@ mod tests {
         for (answer, expected) in cases {
             let (tokens, asked) = exchange(200, answer.clone()).await;
             let tokens = tokens.unwrap();
-            let id_token = tokens.id_token.as_ref().map(ExposeSecret::expose_secret);
+            let id_token = tokens.id_token.as_ref().map(|token| token.expose_secret());
             assert_eq!((tokens.access.expose_secret(), tokens.refresh.expose_secret(), id_token), expected, "{answer}");
             let expected = json!({"grant_type": "refresh_token", "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
                 "refresh_token": "old-refresh", "scope": "openid profile email"});
