@@ -94,9 +94,23 @@ pub struct Credentials(Arc<Inner>);
 impl Credentials {
     /// Starts with nothing in memory and follows what changes about accounts. `auth_url` has no trailing slash.
     #[must_use]
-    pub fn new(accounts: Accounts, client: reqwest::Client, auth_url: &str, clock: Clock, bus: &Bus, tasks: &Tasks) -> Self {
+    pub fn new(
+        accounts: Accounts,
+        client: reqwest::Client,
+        auth_url: &str,
+        clock: Clock,
+        bus: &Bus,
+        tasks: &Tasks,
+    ) -> Self {
         let known = Mutex::default();
-        let inner = Arc::new(Inner { accounts, client, auth_url: auth_url.into(), clock, tasks: tasks.clone(), known });
+        let inner = Arc::new(Inner {
+            accounts,
+            client,
+            auth_url: auth_url.into(),
+            clock,
+            tasks: tasks.clone(),
+            known,
+        });
         let mut moved = bus.subscribe(Topic::Accounts);
         let (follower, stop) = (Arc::clone(&inner), tasks.stopping());
         tasks.essential("credentials", async move {
@@ -114,7 +128,11 @@ impl Credentials {
     ///
     /// # Errors
     /// If there is none: see [`CredentialError`].
-    pub async fn fresh(&self, account: AccountId, freshness: Freshness) -> Result<Arc<Credential>, CredentialError> {
+    pub async fn fresh(
+        &self,
+        account: AccountId,
+        freshness: Freshness,
+    ) -> Result<Arc<Credential>, CredentialError> {
         loop {
             let credential = match self.0.look(account, freshness) {
                 Look::Here(credential) => return Ok(credential),
@@ -162,9 +180,14 @@ impl Opened {
 
 /// A token that lives shortly is not refreshed before half its life.
 fn refresh_at(refreshed: Timestamp, expires: Timestamp) -> Timestamp {
-    let lead = LEAD.min(expires.duration_since(refreshed) / 2).max(SignedDuration::ZERO);
+    let lead = LEAD
+        .min(expires.duration_since(refreshed) / 2)
+        .max(SignedDuration::ZERO);
     let aged = refreshed.saturating_add(AGE).unwrap_or(Timestamp::MAX);
-    expires.saturating_sub(lead).unwrap_or(Timestamp::MIN).min(aged)
+    expires
+        .saturating_sub(lead)
+        .unwrap_or(Timestamp::MIN)
+        .min(aged)
 }
 
 /// One look-up, and the exchange if there must be one, in a task of its own; all who wait for it share it.
@@ -207,7 +230,8 @@ impl Inner {
         let epoch = known.epoch;
         let slot = known.slots.entry(account).or_default();
         // What upstream refused to one caller is not given to the next.
-        slot.opened.take_if(|opened| !freshness.accepts(opened.credential.generation));
+        slot.opened
+            .take_if(|opened| !freshness.accepts(opened.credential.generation));
         if let Some(opened) = &slot.opened {
             let failed = slot.failed_lately(opened.credential.generation, now);
             if now < opened.refresh_at || (failed && now < opened.usable_until) {
@@ -218,21 +242,34 @@ impl Inner {
             return Look::Coming(flight.clone());
         }
         let landing = Landing(Arc::clone(self), account);
-        let task = self.tasks.spawn("credential", async move { landing.0.fetch(account, freshness, epoch).await });
-        let flight = task.map(|ended| ended.unwrap_or(Err(CredentialError::Transient))).boxed().shared();
+        let task = self.tasks.spawn("credential", async move {
+            landing.0.fetch(account, freshness, epoch).await
+        });
+        let flight = task
+            .map(|ended| ended.unwrap_or(Err(CredentialError::Transient)))
+            .boxed()
+            .shared();
         slot.flight = Some(flight.clone());
         Look::Coming(flight)
     }
 
     /// Reads what is stored and refreshes it if it is due or was refused.
-    async fn fetch(&self, account: AccountId, freshness: Freshness, epoch: u64) -> Result<Arc<Credential>, CredentialError> {
+    async fn fetch(
+        &self,
+        account: AccountId,
+        freshness: Freshness,
+        epoch: u64,
+    ) -> Result<Arc<Credential>, CredentialError> {
         let stored = self.read(account).await?;
         let mut opened = Opened::new(&stored);
         if !freshness.accepts(stored.generation) || self.clock.now() >= opened.refresh_at {
             match self.exchange(account, &stored).await {
                 Ok(newer) => opened = newer,
                 // As long as it is good, an old token is better than none.
-                Err(error) if !error.is_final() && freshness.accepts(stored.generation) && self.clock.now() < opened.usable_until => {}
+                Err(error)
+                    if !error.is_final()
+                        && freshness.accepts(stored.generation)
+                        && self.clock.now() < opened.usable_until => {}
                 Err(error) => return Err(error),
             }
         }
@@ -245,25 +282,48 @@ impl Inner {
     }
 
     /// Spends the stored refresh token, and yields what is stored afterwards: always a newer generation.
-    async fn exchange(&self, account: AccountId, stored: &Stored) -> Result<Opened, CredentialError> {
+    async fn exchange(
+        &self,
+        account: AccountId,
+        stored: &Stored,
+    ) -> Result<Opened, CredentialError> {
         let generation = stored.generation;
         let now = self.clock.now();
-        if self.known().slots.get(&account).is_some_and(|slot| slot.failed_lately(generation, now)) {
+        if self
+            .known()
+            .slots
+            .get(&account)
+            .is_some_and(|slot| slot.failed_lately(generation, now))
+        {
             return Err(CredentialError::Transient);
         }
         let ask = || oauth::refresh(&self.client, &self.auth_url, &stored.refresh);
         let mut answer = ask().await;
-        if matches!(answer, Err(RefreshError::Transient { dispatched: false, .. })) {
+        if matches!(
+            answer,
+            Err(RefreshError::Transient {
+                dispatched: false,
+                ..
+            })
+        ) {
             answer = ask().await;
         }
         match answer {
             Ok(tokens) => self.store(account, generation, &tokens).await?,
             Err(RefreshError::Refused { code, lifecycle }) => {
                 tokio::time::sleep(RIVAL).await;
-                match self.accounts.set_lifecycle(account, lifecycle, code, generation).await {
-                    Ok(true) => tracing::warn!(account_id = %account, code, %lifecycle, "upstream refused an account's login"),
+                match self
+                    .accounts
+                    .set_lifecycle(account, lifecycle, code, generation)
+                    .await
+                {
+                    Ok(true) => {
+                        tracing::warn!(account_id = %account, code, %lifecycle, "upstream refused an account's login")
+                    }
                     Ok(false) => {}
-                    Err(error) => tracing::warn!(account_id = %account, %error, "cannot note that a login was refused"),
+                    Err(error) => {
+                        tracing::warn!(account_id = %account, %error, "cannot note that a login was refused")
+                    }
                 }
             }
             Err(error @ RefreshError::Transient { .. }) => {
@@ -274,21 +334,36 @@ impl Inner {
             }
         }
         let after = self.read(account).await?;
-        if after.generation > generation { Ok(Opened::new(&after)) } else { Err(CredentialError::LoginRequired) }
+        if after.generation > generation {
+            Ok(Opened::new(&after))
+        } else {
+            Err(CredentialError::LoginRequired)
+        }
     }
 
     /// Stores fresh tokens, unless somebody stored newer ones. The old ones are spent, so to give up is to lose the login: it is tried for
     /// about a minute.
-    async fn store(&self, account: AccountId, generation: i64, tokens: &Tokens) -> Result<(), CredentialError> {
+    async fn store(
+        &self,
+        account: AccountId,
+        generation: i64,
+        tokens: &Tokens,
+    ) -> Result<(), CredentialError> {
         let mut pause = STORE_PAUSE;
         loop {
-            match self.accounts.rotate(account, generation, tokens, None).await {
+            match self
+                .accounts
+                .rotate(account, generation, tokens, None)
+                .await
+            {
                 Ok(_) => return Ok(()),
                 Err(error) if pause > STORE_PAUSE_MAX => {
                     tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");
                     return Err(CredentialError::Db(Arc::new(error)));
                 }
-                Err(error) => tracing::warn!(account_id = %account, %error, "fresh tokens cannot be stored yet"),
+                Err(error) => {
+                    tracing::warn!(account_id = %account, %error, "fresh tokens cannot be stored yet")
+                }
             }
             tokio::time::sleep(pause).await;
             pause *= 2;
@@ -297,11 +372,17 @@ impl Inner {
 
     /// What is stored of an account that may be logged in.
     async fn read(&self, account: AccountId) -> Result<Stored, CredentialError> {
-        let stored = self.accounts.credential(account).await.map_err(|error| CredentialError::Db(Arc::new(error)))?;
+        let stored = self
+            .accounts
+            .credential(account)
+            .await
+            .map_err(|error| CredentialError::Db(Arc::new(error)))?;
         let stored = stored.ok_or(CredentialError::Unknown)?;
         match stored.lifecycle {
             Lifecycle::Active | Lifecycle::Paused => Ok(stored),
-            Lifecycle::ReauthRequired | Lifecycle::Deactivated => Err(CredentialError::LoginRequired),
+            Lifecycle::ReauthRequired | Lifecycle::Deactivated => {
+                Err(CredentialError::LoginRequired)
+            }
         }
     }
 
@@ -322,7 +403,8 @@ impl Inner {
 
 impl Slot {
     fn failed_lately(&self, generation: i64, now: Timestamp) -> bool {
-        self.failed.is_some_and(|(failed, until)| failed == generation && now < until)
+        self.failed
+            .is_some_and(|(failed, until)| failed == generation && now < until)
     }
 }
 
@@ -367,7 +449,11 @@ mod tests {
             (Freshness::NotGeneration(2), 2, false),
             (Freshness::NotGeneration(2), 3, true),
         ] {
-            assert_eq!(freshness.accepts(generation), accepted, "{freshness:?} {generation}");
+            assert_eq!(
+                freshness.accepts(generation),
+                accepted,
+                "{freshness:?} {generation}"
+            );
         }
     }
 }
