@@ -14,7 +14,7 @@ use crate::{
 
 /// What to do with accounts.
 #[derive(Debug, Subcommand)]
-pub enum AccountsCommand {
+pub(super) enum AccountsCommand {
     /// Take a login over from the Codex CLI's auth.json
     Import {
         /// The file, or - for standard input
@@ -46,7 +46,7 @@ pub enum AccountsCommand {
 ///
 /// # Errors
 /// Of the database or the file, or if no account or several are meant.
-pub async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
+pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
     let accounts = Accounts::new(context.db.clone(), context.ring.clone(), context.installation.pepper.clone());
     match command {
         AccountsCommand::Import { file, label } => import(&accounts, context, &file, label.as_deref()).await,

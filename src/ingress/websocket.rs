@@ -162,7 +162,7 @@ impl Client {
     }
 
     /// Starts the turn of one `response.create`.
-    async fn create(&self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
+    async fn create(&mut self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
         let arrived = Instant::now();
         // The key may have been revoked since the handshake.
         let caller = match self.caller.api_key() {

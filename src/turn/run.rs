@@ -507,13 +507,13 @@ impl<'a> Turn<'a> {
         // The client may be gone; then nobody needs to know.
         let end = match finish {
             Finish::Done(_, event) | Finish::FailedVisibly(_, event) => {
-                drop(self.out.send(Item::Event(event)).await);
+                let _ = self.out.send(Item::Event(event)).await;
                 End::Complete
             }
             Finish::Stop(stop) => End::Failed(Box::new(stop)),
             Finish::Left => return,
         };
-        drop(self.out.send(Item::End(end)).await);
+        let _ = self.out.send(Item::End(end)).await;
     }
 
     /// One line per turn.
