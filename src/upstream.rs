@@ -28,6 +28,7 @@ use crate::{
     bus::Bus,
     config,
     db::{Clock, Db},
+    ids::AccountId,
     quota::Quota,
     routing::View,
     task::Tasks,
@@ -46,6 +47,9 @@ pub mod deadline {
     /// Between two events.
     pub const IDLE: Duration = Duration::from_secs(300);
 }
+
+/// The longest that the view lags behind what this replica has learnt.
+const VIEW_LAG: Duration = Duration::from_millis(100);
 
 /// The way out. Cheap to clone.
 #[derive(Clone)]
@@ -95,6 +99,18 @@ impl Upstream {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
+    pub async fn shows_block(&self, account: AccountId) {
+        let now = self.now();
+        let mut view = self.view.clone();
+        let blocked = view.wait_for(|view| {
+            let account = view.accounts.iter().find(|candidate| candidate.id == account);
+            account.is_none_or(|account| account.blocks.iter().any(|block| block.until > now))
+        });
+        // A block that has passed already is never shown.
+        drop(tokio::time::timeout(VIEW_LAG, blocked).await);
     }
 
     /// Tokens that upstream takes.

@@ -72,19 +72,21 @@ async fn respond(state: &State, peer: Peer, headers: HeaderMap, body: Body, dial
     };
     let arrived = Instant::now();
     let asked = ask(state, peer, headers, body, route, shape, arrived).await;
-    let (ask, pool) = match asked {
-        Ok(asked) => asked,
+    let ask = match asked {
+        Ok(ask) => ask,
         Err(error) => return error.into_response(),
     };
+    let caller = ask.caller.clone();
     let (id, streams) = (ask.id, dialect == Dialect::Codex || ask.request.facts.stream);
     let items = state.engine.start(ask);
     let answer = if streams { stream(state, items, dialect, id).await } else { collected(state, items).await };
     let mut response = answer.unwrap_or_else(|error| error.into_response());
-    response.headers_mut().extend(pool);
+    // Read now: the turn itself has brought news of the limits.
+    response.headers_mut().extend(limits(state, &caller));
     response
 }
 
-/// From bytes to a question: who asks, what, and whether they may. Yields also the pool's limits, which every answer carries.
+/// From bytes to a question: who asks, what, and whether they may.
 async fn ask(
     state: &State,
     peer: Peer,
@@ -93,14 +95,17 @@ async fn ask(
     route: &'static str,
     shape: Shape,
     arrived: Instant,
-) -> Result<(Ask, Vec<(HeaderName, HeaderValue)>), ApiError> {
+) -> Result<Ask, ApiError> {
     let caller = gate::authenticate(state, peer, &headers).await?;
-    let pool = limits(state, &caller);
-    let (body, held) = body::read(&headers, body, &state.bytes).await?;
-    let request = parse(body, shape, &headers).await.map_err(|error| error.headers(pool.clone()))?;
-    let ask = Ask { id: TurnId::new(), caller, route, transport: Transport::Http, request, headers, held, arrived };
-    admit(&ask.caller, &ask.request.facts).map_err(|error| error.headers(pool.clone()))?;
-    Ok((ask, pool))
+    let understood = async {
+        let (body, held) = body::read(&headers, body, &state.bytes).await?;
+        let request = parse(body, shape, &headers).await?;
+        admit(&caller, &request.facts)?;
+        Ok((request, held))
+    };
+    // A caller who is known reads the pool's limits in every answer.
+    let (request, held) = understood.await.map_err(|error: ApiError| error.headers(limits(state, &caller)))?;
+    Ok(Ask { id: TurnId::new(), caller, route, transport: Transport::Http, request, headers, held, arrived })
 }
 
 async fn parse(body: Bytes, shape: Shape, headers: &HeaderMap) -> Result<Request, ApiError> {
@@ -186,7 +191,8 @@ async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, di
         Dialect::Codex => "codex/responses/compact",
         Dialect::OpenAi => "v1/responses/compact",
     };
-    let (ask, pool) = ask(state, peer, headers, body, route, Shape::Compact, Instant::now()).await?;
+    let ask = ask(state, peer, headers, body, route, Shape::Compact, Instant::now()).await?;
+    let caller = ask.caller.clone();
     let answer = async {
         let mut items = state.engine.start(ask);
         let (head, event) = match first(&mut items).await {
@@ -200,8 +206,8 @@ async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, di
         Ok(json(head, answer))
     };
     let answer: Result<Response, ApiError> = answer.await;
-    let mut response = answer.map_err(|error| error.headers(pool.clone()))?;
-    response.headers_mut().extend(pool);
+    let mut response = answer.unwrap_or_else(|error| error.into_response());
+    response.headers_mut().extend(limits(state, &caller));
     Ok(response)
 }
 

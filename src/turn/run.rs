@@ -565,7 +565,8 @@ impl<'a> Turn<'a> {
             Effect::None | Effect::RefreshCredential | Effect::Penalise => return,
             Effect::Block { until } => {
                 let reason = failure.code.as_deref().unwrap_or(failure.class.name());
-                return self.engine.quota.block(account, &failure.family, until, reason);
+                self.engine.quota.block(account, &failure.family, until, reason);
+                return self.engine.upstream.shows_block(account).await;
             }
             Effect::ReauthRequired => Lifecycle::ReauthRequired,
             Effect::Deactivate => Lifecycle::Deactivated,
