@@ -45,7 +45,7 @@ struct Member<'a> {
 pub(super) struct Container<'a> {
     text: &'a str,
     members: Vec<Member<'a>>,
-    added: Vec<String>,
+    added: Vec<(String, String)>, // the key is empty in an array
 }
 
 impl<'a> Container<'a> {
@@ -108,18 +108,16 @@ impl<'a> Container<'a> {
 
     /// Makes `json` the value of `key`, where it stands or else at the end.
     pub(super) fn set(&mut self, key: &str, json: impl Into<String>) {
-        let json = json.into();
+        self.remove(key);
         match self.members.iter().rposition(|member| member.key == key) {
-            Some(last) => {
-                self.remove(key);
-                self.set_at(last, json);
-            }
-            None => self.added.push(format!("{}:{json}", quoted(key))),
+            Some(last) => self.set_at(last, json.into()),
+            None => self.added.push((key.to_owned(), json.into())),
         }
     }
 
     /// Takes out every `key`.
     pub(super) fn remove(&mut self, key: &str) {
+        self.added.retain(|(added, _)| added != key);
         for member in self.members.iter_mut().filter(|member| member.key == key) {
             member.edit = Edit::Drop;
         }
@@ -142,7 +140,7 @@ impl<'a> Container<'a> {
 
     /// Adds an element to an array.
     pub(super) fn push(&mut self, json: String) {
-        self.added.push(json);
+        self.added.push((String::new(), json));
     }
 
     /// The edited text; `None` where no edit was needed.
@@ -169,11 +167,15 @@ impl<'a> Container<'a> {
             out.push_str(value);
             first = false;
         }
-        for added in &self.added {
+        for (key, json) in &self.added {
             if !first {
                 out.push(',');
             }
-            out.push_str(added);
+            if !key.is_empty() {
+                out.push_str(&quoted(key));
+                out.push(':');
+            }
+            out.push_str(json);
             first = false;
         }
         out.push_str(&self.text[from..]);
