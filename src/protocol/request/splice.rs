@@ -228,3 +228,67 @@ impl<'de> Visitor<'de> for Reader {
         Ok(members)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edit_leaves_the_other_members_as_they_are() {
+        type Change = fn(&mut Container<'_>);
+        let cases: [(&str, Change, Option<&str>); 9] = [
+            (r#"{ "a" : 1 }"#, |_| {}, None),
+            (r#"{"a":1}"#, |object| object.set("a", "1"), None),
+            (
+                r#"{ "a" : 1 }"#,
+                |object| object.set("a", "2"),
+                Some(r#"{ "a" : 2 }"#),
+            ),
+            ("{ }", |object| object.set("b", "2"), Some(r#"{"b":2 }"#)),
+            (
+                r#"{"a":1 , "b" : 2}"#,
+                |object| object.remove("a"),
+                Some(r#"{ "b" : 2}"#),
+            ),
+            (
+                r#"{"a":1 , "b" : 2 }"#,
+                |object| object.remove("b"),
+                Some(r#"{"a":1 }"#),
+            ),
+            (
+                r#"{"a":1,"b":2,"a":3}"#,
+                |object| object.set("a", "4"),
+                Some(r#"{"b":2,"a":4}"#),
+            ),
+            (
+                r#"{"\u0061":",}"}"#,
+                |object| object.remove("a"),
+                Some("{}"),
+            ),
+            (
+                r#"{"a":[{}]}"#,
+                |object| {
+                    object.set("b", "2");
+                    object.set("b", "3");
+                    object.set("c", "4");
+                    object.remove("c");
+                },
+                Some(r#"{"a":[{}],"b":3}"#),
+            ),
+        ];
+        for (text, change, expected) in cases {
+            let mut object = Container::object(text).unwrap();
+            change(&mut object);
+            assert_eq!(object.finish().as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_edited_by_index() {
+        let mut array = Container::array(" [1, 2 ,3] ").unwrap();
+        array.remove_at(0);
+        array.set_at(2, "4".to_owned());
+        array.push("5".to_owned());
+        assert_eq!(array.finish().as_deref(), Some(" [ 2 ,4,5] "));
+    }
+}

@@ -424,6 +424,20 @@ fn what_is_no_body_is_refused_by_its_place_alone() {
 }
 
 #[test]
+fn what_is_passed_on_can_be_read_by_any_reader_with_the_usual_limit() {
+    let nested = |levels: usize| {
+        let (open, close) = ("[".repeat(levels), "]".repeat(levels));
+        Bytes::from(format!(
+            r#"{{"model":"m","input":[],"x":{open}"]\\\"["{close}}}"#
+        ))
+    };
+    let request = read(nested(126), Shape::Codex).unwrap();
+    assert!(serde_json::from_slice::<Value>(&request.body).is_ok());
+    assert!(read(nested(127), Shape::Codex).is_err());
+    assert!(serde_json::from_slice::<Value>(&nested(127)).is_err());
+}
+
+#[test]
 fn the_absence_of_input_is_refused_and_an_empty_list_is_not() {
     let absent = Bytes::from_static(br#"{"model":"m"}"#);
     let invalid = read(absent, Shape::OpenAi).unwrap_err();
