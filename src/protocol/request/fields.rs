@@ -2,6 +2,8 @@
 //!
 //! Each function reads the original value of its field, refuses it or edits it, and returns the fact that it makes.
 
+use std::borrow::Cow;
+
 use super::client::Client;
 use super::input::{self, Hoist};
 use super::splice::{Container, quoted, string};
@@ -307,12 +309,7 @@ fn rename(tool: &mut Container<'_>) -> bool {
 fn truncation(body: &mut Container<'_>) -> Result<(), Invalid> {
     match text(body, "truncation")?.as_deref() {
         None | Some("auto" | "disabled") => body.remove("truncation"),
-        Some(_) => {
-            return Err(Invalid::new(
-                "truncation",
-                "`truncation` takes auto, disabled.",
-            ));
-        }
+        Some(_) => return Err(wrong("truncation", "auto or disabled")),
     }
     Ok(())
 }
@@ -325,22 +322,17 @@ fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
     }
     let messages = body.present("messages");
     body.remove("messages");
-    let made = made(body, messages)?;
-    let raw = body.get("input");
-    let list = match (&made, raw) {
-        (Some(made), _) => made,
-        (None, Some(raw)) => raw,
-        (None, None) => return Err(Invalid::new("input", "`input` is missing.")),
-    };
+    let list = items(body, messages)?;
     let foreign = shape == Shape::OpenAi || body.get("truncation").is_some();
     let hoist = if messages.is_some() || (foreign && instructions.is_none()) {
         Hoist::Guidance
     } else {
         Hoist::System
     };
-    let read = input::normalise(list, hoist, shape == Shape::Compact)?;
-    if let Some(list) = read.edited.or(made) {
-        body.set("input", list);
+    let read = input::normalise(&list, hoist, shape == Shape::Compact)?;
+    match (read.edited, list) {
+        (Some(list), _) | (None, Cow::Owned(list)) => body.set("input", list),
+        (None, Cow::Borrowed(_)) => {}
     }
     if !read.hoisted.is_empty() {
         let said = instructions.filter(|said| !said.is_empty());
@@ -350,24 +342,27 @@ fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
     Ok(read.images)
 }
 
-/// The list of items, where the client has sent something else.
-fn made(body: &Container<'_>, messages: Option<&str>) -> Result<Option<String>, Invalid> {
-    let raw = body.get("input").unwrap_or("null");
-    match (messages, raw.as_bytes()[0]) {
-        (Some(messages), b'n') => chat::items(messages).map(Some),
-        (Some(messages), b'[') if Container::array(raw).is_ok_and(|list| list.is_empty()) => {
-            chat::items(messages).map(Some)
-        }
-        (Some(_), _) => Err(Invalid::new(
-            "messages",
-            "Send either `input` or `messages`.",
-        )),
-        (None, b'"') => {
-            let part = format!(r#"{{"type":"input_text","text":{raw}}}"#);
+/// The list of items: as it came, or made of what the client has sent instead.
+fn items<'a>(body: &Container<'a>, messages: Option<&str>) -> Result<Cow<'a, str>, Invalid> {
+    let input = body.get("input");
+    if let Some(messages) = messages {
+        let nothing =
+            |raw| raw == "null" || Container::array(raw).is_ok_and(|list| list.is_empty());
+        return if input.is_none_or(nothing) {
+            chat::items(messages).map(Cow::Owned)
+        } else {
+            let message = "Send either `input` or `messages`.";
+            Err(Invalid::new("messages", message))
+        };
+    }
+    match input {
+        None => Err(Invalid::new("input", "`input` is missing.")),
+        Some(list) if list.starts_with('[') => Ok(Cow::Borrowed(list)),
+        Some(text) if text.starts_with('"') => {
+            let part = format!(r#"{{"type":"input_text","text":{text}}}"#);
             let item = format!(r#"{{"type":"message","role":"user","content":[{part}]}}"#);
-            Ok(Some(format!("[{item}]")))
+            Ok(Cow::Owned(format!("[{item}]")))
         }
-        (None, b'[') => Ok(None),
-        (None, _) => Err(wrong("input", "a string or an array")),
+        Some(_) => Err(wrong("input", "a string or an array")),
     }
 }

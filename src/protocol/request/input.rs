@@ -91,7 +91,7 @@ impl<'a> Item<'a> {
         let fields = Container::object(raw)
             .map_err(|_| wrong("Every item of `input` must be an object."))?;
         Ok(Self {
-            kind: fields.string("type").unwrap_or("message".into()),
+            kind: fields.string("type").unwrap_or(Cow::Borrowed("message")),
             role: fields.string("role").unwrap_or_default(),
             fields,
         })
@@ -156,7 +156,7 @@ impl<'a> Item<'a> {
         let said = self
             .fields
             .present("content")
-            .or(self.fields.present("output"));
+            .or_else(|| self.fields.present("output"));
         let output = match said.unwrap_or(r#""""#) {
             raw if raw.starts_with('[') => match parts(raw, Role::Tool, read)? {
                 Edit::Set(parts) => parts,
