@@ -152,8 +152,17 @@ impl Accounts {
         let id = seat.unwrap_or_else(AccountId::new);
         let row = id.to_string();
         let email = claims.email.as_deref().map(|email| store::Email {
-            sealed: self.ring.seal(Place { table: "accounts", row: &row, column: "email_sealed" }, email.as_bytes()),
-            hash: self.pepper.hash("email", email.to_ascii_lowercase().as_bytes()),
+            sealed: self.ring.seal(
+                Place {
+                    table: "accounts",
+                    row: &row,
+                    column: "email_sealed",
+                },
+                email.as_bytes(),
+            ),
+            hash: self
+                .pepper
+                .hash("email", email.to_ascii_lowercase().as_bytes()),
         });
         let profile = store::Profile {
             chatgpt_account_id: file.account_id.as_deref(),
@@ -166,7 +175,10 @@ impl Accounts {
         store::put_credential(&tx, id, &self.seal(id, &file.tokens)).await?;
         bus::bump(&tx, &[Topic::Accounts]).await?;
         tx.commit().await?;
-        Ok(Imported { id, created: seat.is_none() })
+        Ok(Imported {
+            id,
+            created: seat.is_none(),
+        })
     }
 
     /// Every account, for selection.
@@ -184,8 +196,15 @@ impl Accounts {
     pub async fn list(&self) -> Result<Vec<Listed>, Error> {
         let open = |row: store::ListedRow| {
             let id = row.id.to_string();
-            let place = Place { table: "accounts", row: &id, column: "email_sealed" };
-            let email = row.email_sealed.map(|sealed| self.ring.open_text(place, &sealed)).transpose()?;
+            let place = Place {
+                table: "accounts",
+                row: &id,
+                column: "email_sealed",
+            };
+            let email = row
+                .email_sealed
+                .map(|sealed| self.ring.open_text(place, &sealed))
+                .transpose()?;
             Ok(Listed {
                 id: row.id,
                 label: row.label,
@@ -256,10 +275,19 @@ impl Accounts {
     /// # Errors
     /// Of the database, or if a token does not open.
     pub async fn credential(&self, id: AccountId) -> Result<Option<Stored>, Error> {
-        let Some(row) = store::credential(&self.db, id).await? else { return Ok(None) };
+        let Some(row) = store::credential(&self.db, id).await? else {
+            return Ok(None);
+        };
         let key = id.to_string();
         let open = |column, sealed: &[u8]| {
-            self.ring.open_text(Place { table: "account_credentials", row: &key, column }, sealed)
+            self.ring.open_text(
+                Place {
+                    table: "account_credentials",
+                    row: &key,
+                    column,
+                },
+                sealed,
+            )
         };
         Ok(Some(Stored {
             generation: row.generation,
@@ -330,12 +358,22 @@ impl Accounts {
     fn seal(&self, id: AccountId, tokens: &Tokens) -> store::Sealed {
         let row = id.to_string();
         let seal = |column, token: &SecretString| {
-            self.ring.seal_text(Place { table: "account_credentials", row: &row, column }, token)
+            self.ring.seal_text(
+                Place {
+                    table: "account_credentials",
+                    row: &row,
+                    column,
+                },
+                token,
+            )
         };
         store::Sealed {
             access: seal("access_sealed", &tokens.access),
             refresh: seal("refresh_sealed", &tokens.refresh),
-            id_token: tokens.id_token.as_ref().map(|token| seal("id_sealed", token)),
+            id_token: tokens
+                .id_token
+                .as_ref()
+                .map(|token| seal("id_sealed", token)),
             access_expires_at: Claims::of(&tokens.access).expires_at,
         }
     }

@@ -18,7 +18,9 @@ pub enum AuthFileError {
     #[error("this is not the Codex CLI's auth.json (line {0})")]
     NotJson(usize),
     /// A login by API key.
-    #[error("this auth.json holds an API key and no ChatGPT login; run `codex login` and sign in with ChatGPT")]
+    #[error(
+        "this auth.json holds an API key and no ChatGPT login; run `codex login` and sign in with ChatGPT"
+    )]
     ApiKeyOnly,
     /// Something is missing.
     #[error("this auth.json has no {0}")]
@@ -51,19 +53,27 @@ impl AuthFile {
     /// # Errors
     /// If it is no login by ChatGPT.
     pub fn parse(content: &[u8]) -> Result<Self, AuthFileError> {
-        let file: File = serde_json::from_slice(content).map_err(|error| AuthFileError::NotJson(error.line()))?;
+        let file: File = serde_json::from_slice(content)
+            .map_err(|error| AuthFileError::NotJson(error.line()))?;
         let tokens = match (file.tokens, file.api_key) {
             (Some(tokens), _) => tokens,
             (None, Some(_)) => return Err(AuthFileError::ApiKeyOnly),
             (None, None) => return Err(AuthFileError::Missing("tokens")),
         };
         let tokens_of = Tokens {
-            access: tokens.access_token.ok_or(AuthFileError::Missing("access_token"))?,
-            refresh: tokens.refresh_token.ok_or(AuthFileError::Missing("refresh_token"))?,
+            access: tokens
+                .access_token
+                .ok_or(AuthFileError::Missing("access_token"))?,
+            refresh: tokens
+                .refresh_token
+                .ok_or(AuthFileError::Missing("refresh_token"))?,
             id_token: tokens.id_token,
         };
         let named = tokens.account_id.filter(|id| !id.is_empty());
-        let mut file = Self { tokens: tokens_of, account_id: None };
+        let mut file = Self {
+            tokens: tokens_of,
+            account_id: None,
+        };
         file.account_id = named.or_else(|| file.claims().account_id);
         Ok(file)
     }
@@ -72,7 +82,12 @@ impl AuthFile {
     #[must_use]
     pub fn claims(&self) -> Claims {
         let access = Claims::of(&self.tokens.access);
-        let id = self.tokens.id_token.as_ref().map(Claims::of).unwrap_or_default();
+        let id = self
+            .tokens
+            .id_token
+            .as_ref()
+            .map(Claims::of)
+            .unwrap_or_default();
         Claims {
             email: id.email.or(access.email),
             plan: id.plan.or(access.plan),
@@ -93,10 +108,19 @@ mod tests {
         for (content, expected) in [
             ("not json sk-very-secret", AuthFileError::NotJson(1)),
             (r#"["sk-very-secret"]"#, AuthFileError::NotJson(1)),
-            (r#"{"OPENAI_API_KEY":"sk-very-secret"}"#, AuthFileError::ApiKeyOnly),
+            (
+                r#"{"OPENAI_API_KEY":"sk-very-secret"}"#,
+                AuthFileError::ApiKeyOnly,
+            ),
             ("{}", AuthFileError::Missing("tokens")),
-            (r#"{"tokens":{"refresh_token":"sk-very-secret"}}"#, AuthFileError::Missing("access_token")),
-            (r#"{"tokens":{"access_token":"sk-very-secret"}}"#, AuthFileError::Missing("refresh_token")),
+            (
+                r#"{"tokens":{"refresh_token":"sk-very-secret"}}"#,
+                AuthFileError::Missing("access_token"),
+            ),
+            (
+                r#"{"tokens":{"access_token":"sk-very-secret"}}"#,
+                AuthFileError::Missing("refresh_token"),
+            ),
         ] {
             let error = AuthFile::parse(content.as_bytes()).err().unwrap();
             assert_eq!(error, expected, "{content}");
@@ -110,7 +134,14 @@ mod tests {
             r#"{"tokens":{"access_token":"a","refresh_token":"r","account_id":"acct"},"OPENAI_API_KEY":null}"#,
             r#"{"tokens":{"accessToken":"a","refreshToken":"r","accountId":"acct"},"more":1}"#,
         ] {
-            assert_eq!(AuthFile::parse(content.as_bytes()).ok().unwrap().account_id.as_deref(), Some("acct"));
+            assert_eq!(
+                AuthFile::parse(content.as_bytes())
+                    .ok()
+                    .unwrap()
+                    .account_id
+                    .as_deref(),
+                Some("acct")
+            );
         }
     }
 }

@@ -31,20 +31,33 @@ impl Claims {
 
 fn read(token: &str) -> Option<Claims> {
     let payload = token.split('.').nth(1)?;
-    let payload = BASE64_URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?;
+    let payload = BASE64_URL_SAFE_NO_PAD
+        .decode(payload.trim_end_matches('='))
+        .ok()?;
     let claims: Value = serde_json::from_slice(&payload).ok()?;
     let auth = &claims["https://api.openai.com/auth"];
     let first = |names: &[&str]| {
-        let found = names.iter().find_map(|name| auth[*name].as_str().or(claims[*name].as_str()));
+        let found = names
+            .iter()
+            .find_map(|name| auth[*name].as_str().or(claims[*name].as_str()));
         found.filter(|text| !text.is_empty()).map(str::to_owned)
     };
-    let profile = claims["https://api.openai.com/profile"]["email"].as_str().map(str::to_owned);
+    let profile = claims["https://api.openai.com/profile"]["email"]
+        .as_str()
+        .map(str::to_owned);
     Some(Claims {
         email: first(&["email"]).or(profile),
         plan: first(&["chatgpt_plan_type"]),
         account_id: first(&["chatgpt_account_id"]),
-        user_id: first(&["chatgpt_user_id", "user_id", "chatgpt_account_user_id", "sub"]),
-        expires_at: claims["exp"].as_i64().and_then(|seconds| Timestamp::from_second(seconds).ok()),
+        user_id: first(&[
+            "chatgpt_user_id",
+            "user_id",
+            "chatgpt_account_user_id",
+            "sub",
+        ]),
+        expires_at: claims["exp"]
+            .as_i64()
+            .and_then(|seconds| Timestamp::from_second(seconds).ok()),
     })
 }
 
@@ -55,7 +68,10 @@ mod tests {
     use super::*;
 
     fn token(claims: &Value) -> SecretString {
-        SecretString::from(format!("e30.{}.sig", BASE64_URL_SAFE_NO_PAD.encode(claims.to_string())))
+        SecretString::from(format!(
+            "e30.{}.sig",
+            BASE64_URL_SAFE_NO_PAD.encode(claims.to_string())
+        ))
     }
 
     #[test]
@@ -74,13 +90,21 @@ mod tests {
 
     #[test]
     fn the_subject_stands_in_for_an_unnamed_user() {
-        assert_eq!(Claims::of(&token(&json!({ "sub": "s" }))).user_id.as_deref(), Some("s"));
+        assert_eq!(
+            Claims::of(&token(&json!({ "sub": "s" })))
+                .user_id
+                .as_deref(),
+            Some("s")
+        );
     }
 
     #[test]
     fn what_is_no_jwt_says_nothing() {
         for text in ["", "opaque", "a.b.c", "..", "e30.bm90IGpzb24.x"] {
-            assert!(Claims::of(&SecretString::from(text)) == Claims::default(), "{text}");
+            assert!(
+                Claims::of(&SecretString::from(text)) == Claims::default(),
+                "{text}"
+            );
         }
     }
 }

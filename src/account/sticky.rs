@@ -62,7 +62,10 @@ impl Key {
     /// The key of a client's value.
     #[must_use]
     pub fn new(kind: Kind, value: &str) -> Self {
-        Self { kind, hash: secret::digest(&[kind.as_str().as_bytes(), value.as_bytes()]) }
+        Self {
+            kind,
+            hash: secret::digest(&[kind.as_str().as_bytes(), value.as_bytes()]),
+        }
     }
 }
 
@@ -77,7 +80,13 @@ impl Sticky {
     /// Nothing cached.
     #[must_use]
     pub fn new(db: Db) -> Self {
-        Self { db, cache: Cache::builder().max_capacity(CACHED).time_to_live(CACHE_TIME).build() }
+        Self {
+            db,
+            cache: Cache::builder()
+                .max_capacity(CACHED)
+                .time_to_live(CACHE_TIME)
+                .build(),
+        }
     }
 
     /// The preferred account: from memory, else by one read. A database that is away prefers nothing.

@@ -152,27 +152,74 @@ pub(super) struct CredentialRow {
     pub(super) lifecycle: Lifecycle,
 }
 
-pub(super) async fn lock(connection: &Connection, class: LockClass, value: &str) -> Result<(), Error> {
+pub(super) async fn lock(
+    connection: &Connection,
+    class: LockClass,
+    value: &str,
+) -> Result<(), Error> {
     let [a, b, c, d, ..] = secret::digest(&[value.as_bytes()]);
-    connection.all(&LOCK, &[&(class as i32), &i32::from_be_bytes([a, b, c, d])]).await.map(drop)
+    connection
+        .all(&LOCK, &[&(class as i32), &i32::from_be_bytes([a, b, c, d])])
+        .await
+        .map(drop)
 }
 
-pub(super) async fn of_seat(connection: &Connection, account: &str, user: &str) -> Result<Option<AccountId>, Error> {
-    connection.opt(&OF_SEAT, &[&account, &user]).await?.map(|row| Ok(row.try_get(0)?)).transpose()
+pub(super) async fn of_seat(
+    connection: &Connection,
+    account: &str,
+    user: &str,
+) -> Result<Option<AccountId>, Error> {
+    connection
+        .opt(&OF_SEAT, &[&account, &user])
+        .await?
+        .map(|row| Ok(row.try_get(0)?))
+        .transpose()
 }
 
-pub(super) async fn put_account(connection: &Connection, id: AccountId, profile: &Profile<'_>) -> Result<(), Error> {
+pub(super) async fn put_account(
+    connection: &Connection,
+    id: AccountId,
+    profile: &Profile<'_>,
+) -> Result<(), Error> {
     let sealed = profile.email.as_ref().map(|email| email.sealed.as_slice());
     let hash = profile.email.as_ref().map(|email| email.hash.as_slice());
-    let Profile { chatgpt_account_id, chatgpt_user_id, label, plan, .. } = profile;
-    let row: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
-        [&id, chatgpt_account_id, chatgpt_user_id, &sealed, &hash, label, plan];
+    let Profile {
+        chatgpt_account_id,
+        chatgpt_user_id,
+        label,
+        plan,
+        ..
+    } = profile;
+    let row: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
+        &id,
+        chatgpt_account_id,
+        chatgpt_user_id,
+        &sealed,
+        &hash,
+        label,
+        plan,
+    ];
     connection.exec(&PUT_ACCOUNT, &row).await.map(drop)
 }
 
-pub(super) async fn put_credential(connection: &Connection, id: AccountId, new: &Sealed) -> Result<(), Error> {
-    let Sealed { access, refresh, id_token, access_expires_at } = new;
-    connection.exec(&PUT_CREDENTIAL, &[&id, access, refresh, id_token, access_expires_at]).await.map(drop)
+pub(super) async fn put_credential(
+    connection: &Connection,
+    id: AccountId,
+    new: &Sealed,
+) -> Result<(), Error> {
+    let Sealed {
+        access,
+        refresh,
+        id_token,
+        access_expires_at,
+    } = new;
+    connection
+        .exec(
+            &PUT_CREDENTIAL,
+            &[&id, access, refresh, id_token, access_expires_at],
+        )
+        .await
+        .map(drop)
 }
 
 pub(super) async fn rotate(
@@ -182,8 +229,18 @@ pub(super) async fn rotate(
     new: &Sealed,
     plan: Option<&str>,
 ) -> Result<Option<i64>, Error> {
-    let Sealed { access, refresh, id_token, access_expires_at } = new;
-    let row = connection.opt(&ROTATE, &[&id, &expected, access, refresh, id_token, access_expires_at]).await?;
+    let Sealed {
+        access,
+        refresh,
+        id_token,
+        access_expires_at,
+    } = new;
+    let row = connection
+        .opt(
+            &ROTATE,
+            &[&id, &expected, access, refresh, id_token, access_expires_at],
+        )
+        .await?;
     let Some(row) = row else { return Ok(None) };
     if let Some(plan) = plan {
         connection.exec(&SET_PLAN, &[&id, &plan]).await?;
@@ -198,12 +255,16 @@ pub(super) async fn condemn(
     reason: &str,
     generation: i64,
 ) -> Result<bool, Error> {
-    let row = connection.opt(&CONDEMN, &[&id, &lifecycle.as_str(), &reason, &generation]).await?;
+    let row = connection
+        .opt(&CONDEMN, &[&id, &lifecycle.as_str(), &reason, &generation])
+        .await?;
     Ok(row.is_some())
 }
 
 pub(super) async fn credential(db: &Db, id: AccountId) -> Result<Option<CredentialRow>, Error> {
-    let Some(row) = db.opt(&CREDENTIAL, &[&id]).await? else { return Ok(None) };
+    let Some(row) = db.opt(&CREDENTIAL, &[&id]).await? else {
+        return Ok(None);
+    };
     Ok(Some(CredentialRow {
         generation: row.try_get(0)?,
         access_sealed: row.try_get(1)?,
@@ -245,32 +306,64 @@ pub(super) async fn list(db: &Db) -> Result<Vec<ListedRow>, Error> {
     db.all(&LIST, &[]).await?.iter().map(read).collect()
 }
 
-pub(super) async fn lifecycle(connection: &Connection, id: AccountId) -> Result<Option<Lifecycle>, Error> {
-    connection.opt(&STATUS, &[&id]).await?.map(|row| word(&row, 0)).transpose()
+pub(super) async fn lifecycle(
+    connection: &Connection,
+    id: AccountId,
+) -> Result<Option<Lifecycle>, Error> {
+    connection
+        .opt(&STATUS, &[&id])
+        .await?
+        .map(|row| word(&row, 0))
+        .transpose()
 }
 
-pub(super) async fn set_status(connection: &Connection, id: AccountId, to: Lifecycle) -> Result<(), Error> {
-    connection.exec(&SET_STATUS, &[&id, &to.as_str()]).await.map(drop)
+pub(super) async fn set_status(
+    connection: &Connection,
+    id: AccountId,
+    to: Lifecycle,
+) -> Result<(), Error> {
+    connection
+        .exec(&SET_STATUS, &[&id, &to.as_str()])
+        .await
+        .map(drop)
 }
 
 pub(super) async fn delete(connection: &Connection, id: AccountId) -> Result<bool, Error> {
     connection.exec(&DELETE, &[&id]).await.map(|rows| rows == 1)
 }
 
-pub(super) async fn put_models(connection: &Connection, id: AccountId, models: &Value) -> Result<bool, Error> {
-    connection.opt(&PUT_MODELS, &[&id, models]).await.map(|row| row.is_some())
+pub(super) async fn put_models(
+    connection: &Connection,
+    id: AccountId,
+    models: &Value,
+) -> Result<bool, Error> {
+    connection
+        .opt(&PUT_MODELS, &[&id, models])
+        .await
+        .map(|row| row.is_some())
 }
 
 pub(super) async fn models(db: &Db) -> Result<Vec<(AccountId, Vec<Value>)>, Error> {
     let read = |row: &Row| {
         let models: Value = row.try_get(1)?;
-        Ok((row.try_get(0)?, models.as_array().cloned().unwrap_or_default()))
+        Ok((
+            row.try_get(0)?,
+            models.as_array().cloned().unwrap_or_default(),
+        ))
     };
     db.all(&MODELS, &[]).await?.iter().map(read).collect()
 }
 
-pub(super) async fn sticky(db: &Db, scope: ScopeId, kind: &str, hash: &[u8]) -> Result<Option<AccountId>, Error> {
-    db.opt(&STICKY, &[&scope, &kind, &hash]).await?.map(|row| Ok(row.try_get(0)?)).transpose()
+pub(super) async fn sticky(
+    db: &Db,
+    scope: ScopeId,
+    kind: &str,
+    hash: &[u8],
+) -> Result<Option<AccountId>, Error> {
+    db.opt(&STICKY, &[&scope, &kind, &hash])
+        .await?
+        .map(|row| Ok(row.try_get(0)?))
+        .transpose()
 }
 
 pub(super) async fn purge_sticky(db: &Db, batch: i64) -> Result<u64, Error> {

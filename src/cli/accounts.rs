@@ -47,9 +47,15 @@ pub(super) enum AccountsCommand {
 /// # Errors
 /// Of the database or the file, or if no account or several are meant.
 pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
-    let accounts = Accounts::new(context.db.clone(), context.ring.clone(), context.installation.pepper.clone());
+    let accounts = Accounts::new(
+        context.db.clone(),
+        context.ring.clone(),
+        context.installation.pepper.clone(),
+    );
     match command {
-        AccountsCommand::Import { file, label } => import(&accounts, context, &file, label.as_deref()).await,
+        AccountsCommand::Import { file, label } => {
+            import(&accounts, context, &file, label.as_deref()).await
+        }
         AccountsCommand::List => list(&accounts.list().await?, context),
         AccountsCommand::Pause { id } => {
             let id = find(&accounts, &id).await?;
@@ -72,10 +78,17 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
     }
 }
 
-async fn import(accounts: &Accounts, context: &Context, file: &PathBuf, label: Option<&str>) -> anyhow::Result<()> {
+async fn import(
+    accounts: &Accounts,
+    context: &Context,
+    file: &PathBuf,
+    label: Option<&str>,
+) -> anyhow::Result<()> {
     let content = if file.as_os_str() == "-" {
         let mut content = Vec::new();
-        std::io::stdin().read_to_end(&mut content).context("standard input")?;
+        std::io::stdin()
+            .read_to_end(&mut content)
+            .context("standard input")?;
         content
     } else {
         std::fs::read(file).with_context(|| file.display().to_string())?
@@ -83,10 +96,21 @@ async fn import(accounts: &Accounts, context: &Context, file: &PathBuf, label: O
     let login = AuthFile::parse(&content).with_context(|| file.display().to_string())?;
     let imported = accounts.import(&login, label).await?;
     if context.json {
-        println!("{}", json!({ "id": imported.id, "created": imported.created }));
+        println!(
+            "{}",
+            json!({ "id": imported.id, "created": imported.created })
+        );
         return Ok(());
     }
-    println!("{} account {}", if imported.created { "imported" } else { "renewed the login of" }, imported.id);
+    println!(
+        "{} account {}",
+        if imported.created {
+            "imported"
+        } else {
+            "renewed the login of"
+        },
+        imported.id
+    );
     println!(
         "\nThis login now belongs to Drawbridge: its refresh token works once, so two holders would log each other out. Delete\n\
          {} and do not use it elsewhere. For a login of its own:\n\n    \
@@ -101,7 +125,10 @@ fn list(accounts: &[Listed], context: &Context) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string(accounts)?);
         return Ok(());
     }
-    println!("{:<38}{:<16}{:<30}{:<10}{:<18}ACCESS TOKEN", "ID", "LABEL", "E-MAIL", "PLAN", "STATUS");
+    println!(
+        "{:<38}{:<16}{:<30}{:<10}{:<18}ACCESS TOKEN",
+        "ID", "LABEL", "E-MAIL", "PLAN", "STATUS"
+    );
     for account in accounts {
         println!(
             "{:<38}{:<16}{:<30}{:<10}{:<18}{}",
@@ -110,7 +137,9 @@ fn list(accounts: &[Listed], context: &Context) -> anyhow::Result<()> {
             account.email.as_deref().unwrap_or("-"),
             account.plan,
             account.status,
-            account.access_expires_at.map_or_else(|| "-".into(), |end| format!("until {end:.0}")),
+            account
+                .access_expires_at
+                .map_or_else(|| "-".into(), |end| format!("until {end:.0}")),
         );
         if let Some(reason) = &account.reason {
             println!("{:<38}{reason}", "");
@@ -125,12 +154,16 @@ async fn find(accounts: &Accounts, text: &str) -> anyhow::Result<AccountId> {
     let prefix = (text.len() >= 8).then_some(text.to_ascii_lowercase());
     let meant = |account: &&Listed| {
         account.label.as_deref() == Some(text)
-            || prefix.as_ref().is_some_and(|prefix| account.id.to_string().starts_with(prefix.as_str()))
+            || prefix
+                .as_ref()
+                .is_some_and(|prefix| account.id.to_string().starts_with(prefix.as_str()))
     };
     let found: Vec<_> = all.iter().filter(meant).collect();
     match found.as_slice() {
         [one] => Ok(one.id),
-        [] => bail!("no account has the label `{text}`, or an id that begins so (8 digits or more)"),
+        [] => {
+            bail!("no account has the label `{text}`, or an id that begins so (8 digits or more)")
+        }
         _ => bail!("`{text}` means several accounts; give more of the id"),
     }
 }

@@ -68,37 +68,80 @@ apps = false
         );
         std::fs::write(home.path().join("config.toml"), config).unwrap();
         std::fs::create_dir(home.path().join("work")).unwrap();
-        Self { home, key: key.to_owned() }
+        Self {
+            home,
+            key: key.to_owned(),
+        }
     }
 
     /// `codex exec PROMPT`.
     pub(crate) async fn exec(&self, prompt: &str) -> Run {
         let work = self.home.path().join("work");
-        self.run(&["exec", "--json", "--skip-git-repo-check", BYPASS, "-C", work.to_str().unwrap(), prompt]).await
+        self.run(&[
+            "exec",
+            "--json",
+            "--skip-git-repo-check",
+            BYPASS,
+            "-C",
+            work.to_str().unwrap(),
+            prompt,
+        ])
+        .await
     }
 
     /// `codex exec resume --last PROMPT`.
     pub(crate) async fn resume(&self, prompt: &str) -> Run {
-        self.run(&["exec", "resume", "--last", "--json", "--skip-git-repo-check", BYPASS, prompt]).await
+        self.run(&[
+            "exec",
+            "resume",
+            "--last",
+            "--json",
+            "--skip-git-repo-check",
+            BYPASS,
+            prompt,
+        ])
+        .await
     }
 
     /// Several turns in one process, by the app server's protocol.
     pub(crate) async fn app_server(&self) -> AppServer {
-        let mut child = self.command(&["app-server"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = self
+            .command(&["app-server"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut server = AppServer { _child: child, input, lines: BufReader::new(output).lines(), next_id: 0 };
-        server.call("initialize", json!({ "clientInfo": { "name": "test", "version": "1" } })).await;
+        let mut server = AppServer {
+            _child: child,
+            input,
+            lines: BufReader::new(output).lines(),
+            next_id: 0,
+        };
+        server
+            .call(
+                "initialize",
+                json!({ "clientInfo": { "name": "test", "version": "1" } }),
+            )
+            .await;
         server.notify("initialized", json!({})).await;
         server
     }
 
     async fn run(&self, arguments: &[&str]) -> Run {
-        let output = timeout(Duration::from_secs(90), self.command(arguments).stdin(Stdio::null()).output()).await;
+        let output = timeout(
+            Duration::from_secs(90),
+            self.command(arguments).stdin(Stdio::null()).output(),
+        )
+        .await;
         let output = output.expect("the CLI ends within 90 s").unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         Run {
             success: output.status.success(),
-            lines: text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
+            lines: text
+                .lines()
+                .filter_map(|line| serde_json::from_str(line).ok())
+                .collect(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
     }
@@ -126,14 +169,31 @@ const BYPASS: &str = "--dangerously-bypass-approvals-and-sandbox";
 impl Run {
     /// What the agent said, last.
     pub(crate) fn answer(&self) -> String {
-        let messages = self.lines.iter().filter(|line| line["type"] == "item.completed" && line["item"]["type"] == "agent_message");
-        messages.last().and_then(|line| line["item"]["text"].as_str()).unwrap_or_default().to_owned()
+        let messages = self.lines.iter().filter(|line| {
+            line["type"] == "item.completed" && line["item"]["type"] == "agent_message"
+        });
+        messages
+            .last()
+            .and_then(|line| line["item"]["text"].as_str())
+            .unwrap_or_default()
+            .to_owned()
     }
 
     /// The errors that the user saw, reconnects included.
     pub(crate) fn errors(&self) -> Vec<String> {
-        let failed = self.lines.iter().filter(|line| line["type"] == "error" || line["type"] == "turn.failed");
-        failed.map(|line| line["message"].as_str().or(line["error"]["message"].as_str()).unwrap_or_default().to_owned()).collect()
+        let failed = self
+            .lines
+            .iter()
+            .filter(|line| line["type"] == "error" || line["type"] == "turn.failed");
+        failed
+            .map(|line| {
+                line["message"]
+                    .as_str()
+                    .or(line["error"]["message"].as_str())
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+            .collect()
     }
 
     /// The answer, or everything that was said if there was none.
@@ -156,7 +216,8 @@ impl AppServer {
     pub(crate) async fn call(&mut self, method: &str, params: Value) -> Value {
         self.next_id += 1;
         let id = self.next_id;
-        self.write(&json!({ "id": id, "method": method, "params": params })).await;
+        self.write(&json!({ "id": id, "method": method, "params": params }))
+            .await;
         loop {
             let message = self.read().await;
             if message["id"] == id {
@@ -170,23 +231,33 @@ impl AppServer {
     pub(crate) async fn thread(&mut self, work: &Path) -> String {
         let params = json!({ "model": "gpt-5.5", "approvalPolicy": "never", "sandbox": "danger-full-access", "cwd": work });
         let result = self.call("thread/start", params).await;
-        result["thread"]["id"].as_str().unwrap_or_else(|| panic!("{result}")).to_owned()
+        result["thread"]["id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{result}"))
+            .to_owned()
     }
 
     /// A turn to its end; yields what the agent said.
     pub(crate) async fn turn(&mut self, thread: &str, text: &str) -> String {
         self.next_id += 1;
         let params = json!({ "threadId": thread, "input": [{ "type": "text", "text": text }] });
-        self.write(&json!({ "id": self.next_id, "method": "turn/start", "params": params })).await;
+        self.write(&json!({ "id": self.next_id, "method": "turn/start", "params": params }))
+            .await;
         let mut said = String::new();
         loop {
             let message = self.read().await;
             match message["method"].as_str() {
                 Some("item/completed") if message["params"]["item"]["type"] == "agentMessage" => {
-                    said = message["params"]["item"]["text"].as_str().unwrap_or_default().to_owned();
+                    said = message["params"]["item"]["text"]
+                        .as_str()
+                        .unwrap_or_default()
+                        .to_owned();
                 }
                 Some("turn/completed") => {
-                    assert_eq!(message["params"]["turn"]["status"], "completed", "{message}");
+                    assert_eq!(
+                        message["params"]["turn"]["status"], "completed",
+                        "{message}"
+                    );
                     return said;
                 }
                 _ => {}
@@ -195,15 +266,21 @@ impl AppServer {
     }
 
     async fn notify(&mut self, method: &str, params: Value) {
-        self.write(&json!({ "method": method, "params": params })).await;
+        self.write(&json!({ "method": method, "params": params }))
+            .await;
     }
 
     async fn write(&mut self, message: &Value) {
-        self.input.write_all(format!("{message}\n").as_bytes()).await.unwrap();
+        self.input
+            .write_all(format!("{message}\n").as_bytes())
+            .await
+            .unwrap();
     }
 
     async fn read(&mut self) -> Value {
-        let line = timeout(Duration::from_secs(60), self.lines.next_line()).await.expect("a line within 60 s");
+        let line = timeout(Duration::from_secs(60), self.lines.next_line())
+            .await
+            .expect("a line within 60 s");
         serde_json::from_str(&line.unwrap().expect("the app server runs")).unwrap()
     }
 }
@@ -212,7 +289,14 @@ impl AppServer {
 fn program() -> PathBuf {
     let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/node_modules");
     let native = tools.join("@openai/codex-linux-x64/vendor/x86_64-unknown-linux-musl/bin/codex");
-    let program = if native.exists() { native } else { tools.join(".bin/codex") };
-    assert!(program.exists(), "the Codex CLI is not installed: run scripts/install-tools codex");
+    let program = if native.exists() {
+        native
+    } else {
+        tools.join(".bin/codex")
+    };
+    assert!(
+        program.exists(),
+        "the Codex CLI is not installed: run scripts/install-tools codex"
+    );
     program
 }

@@ -20,11 +20,20 @@ impl CodexSocket {
     }
 
     /// Tries to, with some key.
-    pub(crate) async fn try_open(house: &House, path: &str, key: &str) -> Result<Self, tungstenite::Error> {
-        let mut request = format!("ws://{}{path}", house.server.address).into_client_request().unwrap();
+    pub(crate) async fn try_open(
+        house: &House,
+        path: &str,
+        key: &str,
+    ) -> Result<Self, tungstenite::Error> {
+        let mut request = format!("ws://{}{path}", house.server.address)
+            .into_client_request()
+            .unwrap();
         let headers = request.headers_mut();
         headers.insert("authorization", format!("Bearer {key}").parse().unwrap());
-        headers.insert("openai-beta", "responses_websockets=2026-02-06".parse().unwrap());
+        headers.insert(
+            "openai-beta",
+            "responses_websockets=2026-02-06".parse().unwrap(),
+        );
         headers.insert("user-agent", "codex_exec/0.169.0".parse().unwrap());
         headers.insert("session-id", "session-1".parse().unwrap());
         headers.insert("thread-id", "thread-1".parse().unwrap());
@@ -44,7 +53,9 @@ impl CodexSocket {
     /// The next frame; `None` when the socket was closed.
     pub(crate) async fn next(&mut self) -> Option<Value> {
         loop {
-            let message = timeout(std::time::Duration::from_secs(20), self.0.next()).await.expect("a frame within 20 s");
+            let message = timeout(std::time::Duration::from_secs(20), self.0.next())
+                .await
+                .expect("a frame within 20 s");
             match message? {
                 Ok(Message::Text(text)) => return Some(serde_json::from_str(&text).unwrap()),
                 Ok(Message::Close(_)) | Err(_) => return None,
@@ -106,5 +117,8 @@ pub(crate) fn create(turn: &str, text: &str, previous: Option<&str>) -> Value {
 
 /// The id of a completed response.
 pub(crate) fn id_of(frames: &[Value]) -> String {
-    frames.last().unwrap()["response"]["id"].as_str().unwrap().to_owned()
+    frames.last().unwrap()["response"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }
