@@ -10,7 +10,7 @@ mod claims;
 pub mod sticky;
 mod store;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -101,6 +101,12 @@ pub struct Stored {
     pub chatgpt_account_id: Option<String>,
     /// Whether the account may serve.
     pub lifecycle: Lifecycle,
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tokens(..)")
+    }
 }
 
 /// What an import did.

@@ -39,7 +39,7 @@ fn read(token: &str) -> Option<Claims> {
     let first = |names: &[&str]| {
         let found = names
             .iter()
-            .find_map(|name| auth[*name].as_str().or(claims[*name].as_str()));
+            .find_map(|name| auth[*name].as_str().or_else(|| claims[*name].as_str()));
         found.filter(|text| !text.is_empty()).map(str::to_owned)
     };
     let profile = claims["https://api.openai.com/profile"]["email"]

@@ -359,7 +359,7 @@ impl<'a> Turn<'a> {
         let lifecycle = match effect {
             Effect::None | Effect::RefreshCredential | Effect::Penalise => return,
             Effect::Block { until } => {
-                let reason = failure.code.as_deref().unwrap_or(failure.class.name());
+                let reason = failure.word();
                 self.engine
                     .quota
                     .block(account, &failure.family, until, reason);
@@ -369,7 +369,7 @@ impl<'a> Turn<'a> {
             Effect::Deactivate => Lifecycle::Deactivated,
         };
         let Some(generation) = generation else { return };
-        let reason = failure.code.as_deref().unwrap_or(failure.class.name());
+        let reason = failure.word();
         if let Err(error) = self
             .engine
             .accounts
