@@ -1,0 +1,145 @@
+//! Statements of `accounts`, `account_credentials`, `account_models` and `sticky_sessions`. Secrets come and go sealed.
+//!
+//! Whoever changes a credential or a life cycle locks the row of `accounts` first, so that a generation that was read under the lock holds.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use serde_json::Value;
+use tokio_postgres::Row;
+
+use super::sticky::Key;
+use crate::{
+    bus::{self, Topic},
+    db::{Connection, Db, Error, LockClass},
+    ids::{AccountId, ScopeId},
+    routing::Lifecycle,
+    statements,
+};
+
+statements! { "account";
+    /// A plain read; a change is followed by a bump, hence by another read. A catalogue is large and only its slugs are wanted.
+    LOAD: [] = r#"
+        select account_id, status, plan_type,
+            array(select slug #>> '{}' from jsonb_path_query(models, '$[*].slug ? (@.type() == "string")') as slug)
+        from accounts left join account_models using (account_id) order by account_id"#;
+
+    /// A plain read.
+    LIST: [] = "
+        select account_id, status, plan_type, email_sealed, label, status_reason, created_at, refreshed_at, access_expires_at
+        from accounts join account_credentials using (account_id) order by account_id";
+
+    /// A plain read of one statement, hence of one moment: tokens and generation belong together.
+    CREDENTIAL: [UUID] = "
+        select status, chatgpt_account_id, generation, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at
+        from accounts join account_credentials using (account_id) where account_id = $1";
+
+    /// Serialises imports of one workspace, also while the row that they would lock is not there.
+    LOCK_SEAT: [INT4, INT4] = "select pg_advisory_xact_lock($1, $2)";
+
+    /// Under LOCK_SEAT. Without a user id only the e-mail tells two seats of a workspace apart.
+    FIND_SEAT: [TEXT, TEXT, BYTEA] = "
+        select account_id from accounts
+        where chatgpt_account_id is not distinct from $1 and chatgpt_user_id is not distinct from $2
+            and ($2 is not null or email_hash is not distinct from $3)
+        order by account_id limit 1 for no key update";
+
+    /// Under LOCK_SEAT and the row lock of FIND_SEAT. A new login ends whatever was wrong with the old one.
+    SAVE_ACCOUNT: [UUID, TEXT, TEXT, BYTEA, BYTEA, TEXT, TEXT] = "
+        insert into accounts as known (account_id, chatgpt_account_id, chatgpt_user_id, email_sealed, email_hash, label, plan_type)
+        values ($1, $2, $3, $4, $5, $6, coalesce($7, 'unknown'))
+        on conflict (account_id) do update
+        set email_sealed = coalesce($4, known.email_sealed), email_hash = coalesce($5, known.email_hash),
+            label = coalesce($6, known.label), plan_type = coalesce($7, known.plan_type), status = 'active', status_reason = null,
+            status_changed_at = case when known.status = 'active' then known.status_changed_at else clock_timestamp() end
+        returning label, plan_type";
+
+    /// After SAVE_ACCOUNT in its transaction. Tokens are never from the future.
+    SAVE_CREDENTIAL: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ, TIMESTAMPTZ] = "
+        insert into account_credentials as known
+            (account_id, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at)
+        values ($1, $2, $3, $4, $5, least($6, clock_timestamp()))
+        on conflict (account_id) do update
+        set generation = known.generation + 1, access_sealed = excluded.access_sealed, refresh_sealed = excluded.refresh_sealed,
+            id_sealed = excluded.id_sealed, access_expires_at = excluded.access_expires_at, refreshed_at = excluded.refreshed_at";
+
+    /// What a change of the life cycle or the credential is decided on; the next statements see what this one waited for.
+    LOCK_ACCOUNT: [UUID] = "select status from accounts where account_id = $1 for no key update";
+
+    /// Under LOCK_ACCOUNT.
+    GENERATION: [UUID] = "select generation from account_credentials where account_id = $1";
+
+    /// Under LOCK_ACCOUNT, by whoever holds the newest generation. An endpoint that sends no id token leaves the old one.
+    ROTATE: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ] = "
+        update account_credentials
+        set generation = generation + 1, access_sealed = $2, refresh_sealed = $3, id_sealed = coalesce($4, id_sealed),
+            access_expires_at = $5, refreshed_at = clock_timestamp()
+        where account_id = $1 returning generation";
+
+    /// Under LOCK_ACCOUNT.
+    SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type <> $2";
+
+    /// Under LOCK_ACCOUNT.
+    SET_STATUS: [UUID, TEXT, TEXT] = "
+        update accounts set status = $2, status_reason = $3, status_changed_at = clock_timestamp() where account_id = $1";
+
+    /// Locks the account, then what depends on it.
+    DELETE: [UUID] = "delete from accounts where account_id = $1";
+
+    /// The account's row is locked against deletion; of two writers the later one counts.
+    SAVE_MODELS: [UUID, JSONB] = "
+        insert into account_models as known (account_id, models)
+        select account_id, $2 from accounts where account_id = $1 for key share
+        on conflict (account_id) do update set models = excluded.models, changed_at = excluded.changed_at
+        where known.models <> excluded.models";
+
+    /// A plain read.
+    MODELS: [] = "select account_id, models from account_models order by account_id";
+
+    /// A plain read; written by the ledger, with the settlement of a turn.
+    STICKY: [UUID, TEXT, BYTEA] = "
+        select account_id from sticky_sessions
+        where scope_id = $1 and key_kind = $2 and key_hash = $3 and expires_at > clock_timestamp()";
+
+    /// Rows that a settlement prolongs at this moment are skipped, so that two writers cannot deadlock.
+    PURGE_STICKY: [INT8] = "
+        delete from sticky_sessions where (scope_id, key_kind, key_hash) in (
+            select scope_id, key_kind, key_hash from sticky_sessions
+            where expires_at <= clock_timestamp() order by expires_at limit $1 for update skip locked)";
+}
+
+/// What the database keeps of a login's tokens.
+pub(super) struct SealedTokens {
+    pub(super) access: Vec<u8>,
+    pub(super) refresh: Vec<u8>,
+    pub(super) id_token: Option<Vec<u8>>,
+    pub(super) access_expires_at: Option<Timestamp>,
+}
+
+/// A row of `accounts` to be written.
+pub(super) struct NewAccount<'a> {
+    pub(super) chatgpt_account_id: Option<&'a str>,
+    pub(super) chatgpt_user_id: Option<&'a str>,
+    pub(super) email_hash: Option<&'a [u8]>,
+    pub(super) label: Option<&'a str>,
+    pub(super) plan: Option<&'a str>,
+}
+
+/// A status of a newer release is not ours to use.
+pub(super) fn lifecycle(word: &str) -> Lifecycle {
+    word.parse().unwrap_or(Lifecycle::Paused)
+}
+
+pub(super) async fn load(db: &Db) -> Result<Vec<super::AccountEntry>, Error> {
+    let rows = db.all(&LOAD, &[]).await?;
+    let entry = |row: &Row| {
+        let models: BTreeSet<String> = row.try_get::<_, Vec<String>>(3)?.into_iter().collect();
+        Ok(super::AccountEntry {
+            id: row.try_get(0)?,
+            lifecycle: lifecycle(row.try_get(1)?),
+            plan: row.try_get(2)?,
+            models: (!models.is_empty()).then(|| models.into()),
+        })
+    };
+    rows.iter().map(entry).collect()
+}
