@@ -143,3 +143,99 @@ pub(super) async fn load(db: &Db) -> Result<Vec<super::AccountEntry>, Error> {
     };
     rows.iter().map(entry).collect()
 }
+
+pub(super) async fn list(db: &Db) -> Result<Vec<Row>, Error> {
+    db.all(&LIST, &[]).await
+}
+
+pub(super) async fn credential(db: &Db, id: AccountId) -> Result<Option<Row>, Error> {
+    db.opt(&CREDENTIAL, &[&id]).await
+}
+
+/// Locks the seat; yields its account, if it has one, locked as well.
+pub(super) async fn lock_seat(tx: &Connection, lock: i32, account: &NewAccount<'_>) -> Result<Option<AccountId>, Error> {
+    tx.all(&LOCK_SEAT, &[&(LockClass::Seat as i32), &lock]).await?;
+    let row = tx.opt(&FIND_SEAT, &[&account.chatgpt_account_id, &account.chatgpt_user_id, &account.email_hash]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+/// Yields the label and the plan that are stored now.
+pub(super) async fn save_account(
+    tx: &Connection,
+    id: AccountId,
+    account: &NewAccount<'_>,
+    email_sealed: Option<&[u8]>,
+) -> Result<(Option<String>, String), Error> {
+    let NewAccount { chatgpt_account_id, chatgpt_user_id, email_hash, label, plan } = account;
+    let row = tx
+        .one(&SAVE_ACCOUNT, &[&id, chatgpt_account_id, chatgpt_user_id, &email_sealed, email_hash, label, plan])
+        .await?;
+    Ok((row.try_get(0)?, row.try_get(1)?))
+}
+
+pub(super) async fn save_credential(tx: &Connection, id: AccountId, tokens: &SealedTokens, refreshed_at: Timestamp) -> Result<(), Error> {
+    let SealedTokens { access, refresh, id_token, access_expires_at } = tokens;
+    tx.exec(&SAVE_CREDENTIAL, &[&id, access, refresh, id_token, access_expires_at, &refreshed_at]).await.map(drop)
+}
+
+/// Locks an account; yields its status, or `None` if there is no such account.
+pub(super) async fn lock(tx: &Connection, id: AccountId) -> Result<Option<Lifecycle>, Error> {
+    let row = tx.opt(&LOCK_ACCOUNT, &[&id]).await?;
+    Ok(row.map(|row| row.try_get(0).map(lifecycle)).transpose()?)
+}
+
+/// Of a locked account.
+pub(super) async fn generation(tx: &Connection, id: AccountId) -> Result<Option<i64>, Error> {
+    let row = tx.opt(&GENERATION, &[&id]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+/// Replaces the tokens of a locked account; yields the new generation.
+pub(super) async fn rotate(tx: &Connection, id: AccountId, tokens: &SealedTokens, plan: Option<&str>) -> Result<i64, Error> {
+    let SealedTokens { access, refresh, id_token, access_expires_at } = tokens;
+    if let Some(plan) = plan {
+        tx.exec(&SET_PLAN, &[&id, &plan]).await?;
+    }
+    let row = tx.one(&ROTATE, &[&id, access, refresh, id_token, access_expires_at]).await?;
+    Ok(row.try_get(0)?)
+}
+
+/// Of a locked account.
+pub(super) async fn set_status(tx: &Connection, id: AccountId, to: Lifecycle, reason: Option<&str>) -> Result<(), Error> {
+    tx.exec(&SET_STATUS, &[&id, &to.as_str(), &reason]).await.map(drop)
+}
+
+/// Whether there was such an account.
+pub(super) async fn delete(tx: &Connection, id: AccountId) -> Result<bool, Error> {
+    tx.exec(&DELETE, &[&id]).await.map(|rows| rows == 1)
+}
+
+pub(super) async fn save_models(db: &Db, id: AccountId, models: &Value) -> Result<(), Error> {
+    let tx = db.begin().await?;
+    if tx.exec(&SAVE_MODELS, &[&id, models]).await? == 1 {
+        bus::bump(&tx, &[Topic::Models]).await?;
+    }
+    tx.commit().await
+}
+
+pub(super) async fn models(db: &Db) -> Result<Vec<(AccountId, Vec<Value>)>, Error> {
+    let rows = db.all(&MODELS, &[]).await?;
+    let catalogue = |row: &Row| {
+        let models = match row.try_get(1)? {
+            Value::Array(models) => models,
+            _ => Vec::new(),
+        };
+        Ok((row.try_get(0)?, models))
+    };
+    rows.iter().map(catalogue).collect()
+}
+
+pub(super) async fn sticky(db: &Db, scope: ScopeId, key: &Key) -> Result<Option<AccountId>, Error> {
+    let row = db.opt(&STICKY, &[&scope, &key.kind.as_str(), &key.hash.as_slice()]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+/// Deletes at most `limit` that have expired.
+pub(super) async fn purge_sticky(db: &Db, limit: i64) -> Result<u64, Error> {
+    db.exec(&PURGE_STICKY, &[&limit]).await
+}
