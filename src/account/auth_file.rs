@@ -44,29 +44,24 @@ impl AuthFile {
         let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content);
         let file: Value = serde_json::from_slice(content).map_err(|_| AuthFileError::NotJson)?;
         let file = file.as_object().ok_or(AuthFileError::NotJson)?;
-        let tokens = file.get("tokens").filter(|tokens| tokens.is_object()).ok_or(AuthFileError::NoLogin)?;
-        let find = |snake: &str, camel: &str| tokens.get(snake).or_else(|| tokens.get(camel)).and_then(claims::text);
+        let login = file.get("tokens").filter(|login| login.is_object()).ok_or(AuthFileError::NoLogin)?;
+        let find = |snake: &str, camel: &str| login.get(snake).or_else(|| login.get(camel)).and_then(claims::text);
         let token = |snake: &'static str, camel: &str| {
             find(snake, camel).filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic())).ok_or(AuthFileError::Token(snake))
         };
-        let access = token("access_token", "accessToken")?;
-        let refresh = token("refresh_token", "refreshToken")?;
-        let id_token = token("id_token", "idToken").ok();
-        let mut claims = Claims::read(&[id_token.as_deref().unwrap_or_default(), &access]);
+        let secret = |text: String| SecretString::from(text);
+        let tokens = Tokens {
+            access: token("access_token", "accessToken").map(secret)?,
+            refresh: token("refresh_token", "refreshToken").map(secret)?,
+            id_token: token("id_token", "idToken").map(secret).ok(),
+        };
+        let mut claims = tokens.claims();
         claims.chatgpt_account_id = find("account_id", "accountId").or(claims.chatgpt_account_id);
         if claims.chatgpt_account_id.is_none() && claims.chatgpt_user_id.is_none() && claims.email.is_none() {
             return Err(AuthFileError::Anonymous);
         }
-        let refreshed_at = file.get("last_refresh").or_else(|| file.get("lastRefreshAt"));
-        Ok(Self {
-            tokens: Tokens {
-                access: SecretString::from(access),
-                refresh: SecretString::from(refresh),
-                id_token: id_token.map(SecretString::from),
-            },
-            claims,
-            refreshed_at: refreshed_at.and_then(Value::as_str).and_then(|text| text.parse().ok()),
-        })
+        let issued = file.get("last_refresh").or_else(|| file.get("lastRefreshAt")).and_then(Value::as_str);
+        Ok(Self { tokens, claims, refreshed_at: issued.and_then(|text| text.parse().ok()) })
     }
 }
 

@@ -37,14 +37,14 @@ statements! { "account";
     /// Serialises imports of one workspace, also while the row that they would lock is not there.
     LOCK_SEAT: [INT4, INT4] = "select pg_advisory_xact_lock($1, $2)";
 
-    /// Under LOCK_SEAT. Without a user id only the e-mail tells two seats of a workspace apart.
+    /// Under `LOCK_SEAT`. Without a user id only the e-mail tells two seats of a workspace apart.
     FIND_SEAT: [TEXT, TEXT, BYTEA] = "
         select account_id from accounts
         where chatgpt_account_id is not distinct from $1 and chatgpt_user_id is not distinct from $2
             and ($2 is not null or email_hash is not distinct from $3)
         order by account_id limit 1 for no key update";
 
-    /// Under LOCK_SEAT and the row lock of FIND_SEAT. A new login ends whatever was wrong with the old one.
+    /// Under `LOCK_SEAT` and the row lock of `FIND_SEAT`. A new login ends whatever was wrong with the old one.
     SAVE_ACCOUNT: [UUID, TEXT, TEXT, BYTEA, BYTEA, TEXT, TEXT] = "
         insert into accounts as known (account_id, chatgpt_account_id, chatgpt_user_id, email_sealed, email_hash, label, plan_type)
         values ($1, $2, $3, $4, $5, $6, coalesce($7, 'unknown'))
@@ -54,7 +54,7 @@ statements! { "account";
             status_changed_at = case when known.status = 'active' then known.status_changed_at else clock_timestamp() end
         returning label, plan_type";
 
-    /// After SAVE_ACCOUNT in its transaction. Tokens are never from the future.
+    /// After `SAVE_ACCOUNT` in its transaction. Tokens are never from the future.
     SAVE_CREDENTIAL: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ, TIMESTAMPTZ] = "
         insert into account_credentials as known
             (account_id, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at)
@@ -66,20 +66,20 @@ statements! { "account";
     /// What a change of the life cycle or the credential is decided on; the next statements see what this one waited for.
     LOCK_ACCOUNT: [UUID] = "select status from accounts where account_id = $1 for no key update";
 
-    /// Under LOCK_ACCOUNT.
+    /// Under `LOCK_ACCOUNT`.
     GENERATION: [UUID] = "select generation from account_credentials where account_id = $1";
 
-    /// Under LOCK_ACCOUNT, by whoever holds the newest generation. An endpoint that sends no id token leaves the old one.
+    /// Under `LOCK_ACCOUNT`, by whoever holds the newest generation. An endpoint that sends no id token leaves the old one.
     ROTATE: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ] = "
         update account_credentials
         set generation = generation + 1, access_sealed = $2, refresh_sealed = $3, id_sealed = coalesce($4, id_sealed),
             access_expires_at = $5, refreshed_at = clock_timestamp()
         where account_id = $1 returning generation";
 
-    /// Under LOCK_ACCOUNT.
+    /// Under `LOCK_ACCOUNT`.
     SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type <> $2";
 
-    /// Under LOCK_ACCOUNT.
+    /// Under `LOCK_ACCOUNT`.
     SET_STATUS: [UUID, TEXT, TEXT] = "
         update accounts set status = $2, status_reason = $3, status_changed_at = clock_timestamp() where account_id = $1";
 
