@@ -172,7 +172,9 @@ impl Accounts {
         let listed = |row: &Row| {
             let id: AccountId = row.try_get(0)?;
             let email: Option<Vec<u8>> = row.try_get(3)?;
-            let email = email.map(|sealed| self.ring.open_text(email_of(&id.to_string()), &sealed)).transpose()?;
+            let email = email
+                .map(|sealed| self.ring.open_text(email_of(&id.to_string()), &sealed))
+                .transpose()?;
             Ok(Listed {
                 id,
                 email: email.map(|email| email.expose_secret().to_owned()),
@@ -194,8 +196,15 @@ impl Accounts {
     /// # Errors
     /// Of the database.
     pub async fn import(&self, file: &AuthFile, label: Option<&str>) -> Result<Imported, Error> {
-        let Claims { email, plan, chatgpt_account_id, chatgpt_user_id } = &file.claims;
-        let email_hash = email.as_ref().map(|email| self.pepper.hash("email", email.to_lowercase().as_bytes()));
+        let Claims {
+            email,
+            plan,
+            chatgpt_account_id,
+            chatgpt_user_id,
+        } = &file.claims;
+        let email_hash = email
+            .as_ref()
+            .map(|email| self.pepper.hash("email", email.to_lowercase().as_bytes()));
         let account = NewAccount {
             chatgpt_account_id: chatgpt_account_id.as_deref(),
             chatgpt_user_id: chatgpt_user_id.as_deref(),
@@ -206,13 +215,21 @@ impl Accounts {
         let tx = self.db.begin().await?;
         let known = store::lock_seat(&tx, seat_lock(account.chatgpt_account_id), &account).await?;
         let id = known.unwrap_or_else(AccountId::new);
-        let email_sealed = email.as_ref().map(|email| self.ring.seal(email_of(&id.to_string()), email.as_bytes()));
+        let email_sealed = email
+            .as_ref()
+            .map(|email| self.ring.seal(email_of(&id.to_string()), email.as_bytes()));
         let (label, plan) = store::save_account(&tx, id, &account, email_sealed.as_deref()).await?;
         let issued = file.refreshed_at.unwrap_or_else(|| self.db.clock().now());
         store::save_credential(&tx, id, &self.seal(id, &file.tokens), issued).await?;
         bus::bump(&tx, &[Topic::Accounts]).await?;
         tx.commit().await?;
-        Ok(Imported { id, created: known.is_none(), email: email.clone(), label, plan })
+        Ok(Imported {
+            id,
+            created: known.is_none(),
+            email: email.clone(),
+            label,
+            plan,
+        })
     }
 
     /// Takes an account out of service; its credential is kept fresh.
@@ -249,7 +266,13 @@ impl Accounts {
     ///
     /// # Errors
     /// Of the database.
-    pub async fn set_lifecycle(&self, id: AccountId, to: Lifecycle, reason: &str, generation: i64) -> Result<bool, db::Error> {
+    pub async fn set_lifecycle(
+        &self,
+        id: AccountId,
+        to: Lifecycle,
+        reason: &str,
+        generation: i64,
+    ) -> Result<bool, db::Error> {
         let tx = self.db.begin().await?;
         let now = store::lock(&tx, id).await?;
         if store::generation(&tx, id).await? != Some(generation) {
@@ -331,7 +354,9 @@ impl Accounts {
         match store::lock(&tx, id).await?.ok_or(Error::Unknown)? {
             now if now == to => return Ok(()),
             Lifecycle::Active | Lifecycle::Paused => {}
-            ended @ (Lifecycle::ReauthRequired | Lifecycle::Deactivated) => return Err(Error::Ended(ended)),
+            ended @ (Lifecycle::ReauthRequired | Lifecycle::Deactivated) => {
+                return Err(Error::Ended(ended));
+            }
         }
         store::set_status(&tx, id, to, None).await?;
         bus::bump(&tx, &[Topic::Accounts]).await?;
@@ -353,7 +378,10 @@ impl Accounts {
 impl Tokens {
     /// What the tokens say; the id token counts first.
     fn claims(&self) -> Claims {
-        let id_token = self.id_token.as_ref().map_or("", |token| token.expose_secret());
+        let id_token = self
+            .id_token
+            .as_ref()
+            .map_or("", |token| token.expose_secret());
         Claims::read(&[id_token, self.access.expose_secret()])
     }
 }
@@ -363,11 +391,19 @@ const REFRESH: &str = "refresh_sealed";
 const ID: &str = "id_sealed";
 
 fn token_of<'a>(row: &'a str, column: &'static str) -> Place<'a> {
-    Place { table: "account_credentials", row, column }
+    Place {
+        table: "account_credentials",
+        row,
+        column,
+    }
 }
 
 fn email_of(row: &str) -> Place<'_> {
-    Place { table: "accounts", row, column: "email_sealed" }
+    Place {
+        table: "accounts",
+        row,
+        column: "email_sealed",
+    }
 }
 
 /// The second key of the advisory lock of a workspace; two that share it only wait for each other.

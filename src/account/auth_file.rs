@@ -25,7 +25,9 @@ pub enum AuthFileError {
     #[error("the file is not a JSON object")]
     NotJson,
     /// No `tokens`.
-    #[error("the file has no ChatGPT login (`tokens`); an API key alone cannot be pooled: run `codex login` with ChatGPT")]
+    #[error(
+        "the file has no ChatGPT login (`tokens`); an API key alone cannot be pooled: run `codex login` with ChatGPT"
+    )]
     NoLogin,
     /// A token that is needed is missing, or is no printable text.
     #[error("`tokens.{0}` is missing or is not a token")]
@@ -44,10 +46,20 @@ impl AuthFile {
         let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content);
         let file: Value = serde_json::from_slice(content).map_err(|_| AuthFileError::NotJson)?;
         let file = file.as_object().ok_or(AuthFileError::NotJson)?;
-        let login = file.get("tokens").filter(|login| login.is_object()).ok_or(AuthFileError::NoLogin)?;
-        let find = |snake: &str, camel: &str| login.get(snake).or_else(|| login.get(camel)).and_then(claims::text);
+        let login = file
+            .get("tokens")
+            .filter(|login| login.is_object())
+            .ok_or(AuthFileError::NoLogin)?;
+        let find = |snake: &str, camel: &str| {
+            login
+                .get(snake)
+                .or_else(|| login.get(camel))
+                .and_then(claims::text)
+        };
         let token = |snake: &'static str, camel: &str| {
-            find(snake, camel).filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic())).ok_or(AuthFileError::Token(snake))
+            find(snake, camel)
+                .filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()))
+                .ok_or(AuthFileError::Token(snake))
         };
         let secret = |text: String| SecretString::from(text);
         let tokens = Tokens {
@@ -57,11 +69,21 @@ impl AuthFile {
         };
         let mut claims = tokens.claims();
         claims.chatgpt_account_id = find("account_id", "accountId").or(claims.chatgpt_account_id);
-        if claims.chatgpt_account_id.is_none() && claims.chatgpt_user_id.is_none() && claims.email.is_none() {
+        if claims.chatgpt_account_id.is_none()
+            && claims.chatgpt_user_id.is_none()
+            && claims.email.is_none()
+        {
             return Err(AuthFileError::Anonymous);
         }
-        let issued = file.get("last_refresh").or_else(|| file.get("lastRefreshAt")).and_then(Value::as_str);
-        Ok(Self { tokens, claims, refreshed_at: issued.and_then(|text| text.parse().ok()) })
+        let issued = file
+            .get("last_refresh")
+            .or_else(|| file.get("lastRefreshAt"))
+            .and_then(Value::as_str);
+        Ok(Self {
+            tokens,
+            claims,
+            refreshed_at: issued.and_then(|text| text.parse().ok()),
+        })
     }
 }
 
@@ -94,15 +116,24 @@ mod tests {
         assert_eq!(file.tokens.access.expose_secret(), "access");
         assert_eq!(file.tokens.refresh.expose_secret(), "refresh");
         assert_eq!(file.tokens.id_token.unwrap().expose_secret(), id_token());
-        assert_eq!(file.claims.chatgpt_account_id.as_deref(), Some("acct-2"), "the file's own id counts first");
+        assert_eq!(
+            file.claims.chatgpt_account_id.as_deref(),
+            Some("acct-2"),
+            "the file's own id counts first"
+        );
         assert_eq!(file.claims.chatgpt_user_id.as_deref(), Some("user-1"));
-        assert_eq!(file.refreshed_at, Some("2026-01-02T03:04:05.678901234Z".parse().unwrap()));
+        assert_eq!(
+            file.refreshed_at,
+            Some("2026-01-02T03:04:05.678901234Z".parse().unwrap())
+        );
     }
 
     #[test]
     fn camel_case_a_missing_id_token_and_a_byte_order_mark_are_fine() {
         let json = json!({"lastRefreshAt": "yesterday", "tokens": {"accessToken": id_token(), "refreshToken": "refresh"}});
-        let file = AuthFile::parse(format!("\u{feff}{json}").as_bytes()).ok().unwrap();
+        let file = AuthFile::parse(format!("\u{feff}{json}").as_bytes())
+            .ok()
+            .unwrap();
         assert!(file.tokens.id_token.is_none());
         assert_eq!(file.claims.chatgpt_account_id.as_deref(), Some("acct-1"));
         assert_eq!(file.refreshed_at, None);
@@ -114,20 +145,47 @@ mod tests {
             (json!([]), AuthFileError::NotJson),
             (json!("sk-canary"), AuthFileError::NotJson),
             (json!({}), AuthFileError::NoLogin),
-            (json!({"OPENAI_API_KEY": "sk-canary", "tokens": null}), AuthFileError::NoLogin),
+            (
+                json!({"OPENAI_API_KEY": "sk-canary", "tokens": null}),
+                AuthFileError::NoLogin,
+            ),
             (json!({"tokens": "canary"}), AuthFileError::NoLogin),
-            (json!({"tokens": {"refresh_token": "canary"}}), AuthFileError::Token("access_token")),
-            (json!({"tokens": {"access_token": "a", "refresh_token": ""}}), AuthFileError::Token("refresh_token")),
-            (json!({"tokens": {"access_token": 7, "refresh_token": "canary"}}), AuthFileError::Token("access_token")),
-            (json!({"tokens": {"access_token": "can ary", "refresh_token": "r"}}), AuthFileError::Token("access_token")),
-            (json!({"tokens": {"access_token": "canary", "refresh_token": "r"}}), AuthFileError::Anonymous),
+            (
+                json!({"tokens": {"refresh_token": "canary"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "a", "refresh_token": ""}}),
+                AuthFileError::Token("refresh_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": 7, "refresh_token": "canary"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "can ary", "refresh_token": "r"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "canary", "refresh_token": "r"}}),
+                AuthFileError::Anonymous,
+            ),
         ] {
             let error = parse(&file).err().unwrap();
             assert_eq!(error, expected);
             assert!(!format!("{error} {error:?}").contains("canary"));
         }
-        for garbage in [&b""[..], b"{", b"\xff\xfe", b"{\"tokens\": canary}", b"access_token=canary"] {
-            assert_eq!(AuthFile::parse(garbage).err().unwrap(), AuthFileError::NotJson);
+        for garbage in [
+            &b""[..],
+            b"{",
+            b"\xff\xfe",
+            b"{\"tokens\": canary}",
+            b"access_token=canary",
+        ] {
+            assert_eq!(
+                AuthFile::parse(garbage).err().unwrap(),
+                AuthFileError::NotJson
+            );
         }
     }
 }

@@ -45,7 +45,10 @@ impl Claims {
         let payloads: Vec<Value> = tokens.iter().filter_map(|token| payload(token)).collect();
         let find = |places: Places| {
             places.iter().find_map(|path| {
-                let at = |payload| path.iter().try_fold(payload, |value: &Value, key| value.get(key));
+                let at = |payload| {
+                    path.iter()
+                        .try_fold(payload, |value: &Value, key| value.get(key))
+                };
                 payloads.iter().filter_map(at).find_map(text)
             })
         };
@@ -73,10 +76,14 @@ pub(super) fn text(value: &Value) -> Option<String> {
 /// The middle part of a JWT.
 fn payload(token: &str) -> Option<Value> {
     let mut parts = token.split('.');
-    let (Some(_), Some(payload), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+    let (Some(_), Some(payload), Some(_), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
         return None;
     };
-    let json = BASE64_URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?;
+    let json = BASE64_URL_SAFE_NO_PAD
+        .decode(payload.trim_end_matches('='))
+        .ok()?;
     serde_json::from_slice(&json).ok()
 }
 
@@ -88,7 +95,10 @@ pub(super) mod tests {
 
     /// A token with these claims and no signature.
     pub(crate) fn jwt(claims: &Value) -> String {
-        format!("e30.{}.c2ln", BASE64_URL_SAFE_NO_PAD.encode(claims.to_string()))
+        format!(
+            "e30.{}.c2ln",
+            BASE64_URL_SAFE_NO_PAD.encode(claims.to_string())
+        )
     }
 
     #[test]
@@ -112,9 +122,20 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_no_jwt_or_no_text_says_nothing() {
-        let odd = jwt(&json!({"email": 7, "sub": "", "chatgpt_account_id": "a\0b", AUTH: "text", "exp": "soon"}));
+        let odd = jwt(
+            &json!({"email": 7, "sub": "", "chatgpt_account_id": "a\0b", AUTH: "text", "exp": "soon"}),
+        );
         let list = jwt(&json!(["email"]));
-        for token in ["", "opaque", "a.b", "a.b.c", "a.e30.c.d", "a.!!.c", &odd, &list] {
+        for token in [
+            "",
+            "opaque",
+            "a.b",
+            "a.b.c",
+            "a.e30.c.d",
+            "a.!!.c",
+            &odd,
+            &list,
+        ] {
             assert!(Claims::read(&[token]) == Claims::default(), "{token}");
             assert_eq!(expires_at(token), None, "{token}");
         }
@@ -123,7 +144,10 @@ pub(super) mod tests {
     #[test]
     fn a_token_ends_when_it_says() {
         let token = jwt(&json!({"exp": 1_900_000_000}));
-        assert_eq!(expires_at(&token), Some(Timestamp::constant(1_900_000_000, 0)));
+        assert_eq!(
+            expires_at(&token),
+            Some(Timestamp::constant(1_900_000_000, 0))
+        );
         assert_eq!(expires_at(&jwt(&json!({"exp": i64::MAX}))), None);
     }
 }

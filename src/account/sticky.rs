@@ -79,7 +79,10 @@ impl Sticky {
     /// Nothing is remembered yet.
     #[must_use]
     pub fn new(db: Db) -> Self {
-        let known = Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
+        let known = Cache::builder()
+            .max_capacity(REMEMBERED)
+            .time_to_live(REMEMBERED_FOR)
+            .build();
         Self { db, known }
     }
 
@@ -90,7 +93,11 @@ impl Sticky {
         }
         match store::sticky(&self.db, scope, key).await {
             // What was put during the read is newer.
-            Ok(found) => self.known.entry((scope, *key)).or_insert(found).into_value(),
+            Ok(found) => self
+                .known
+                .entry((scope, *key))
+                .or_insert(found)
+                .into_value(),
             Err(error) => {
                 tracing::debug!(%error, "a conversation's preference cannot be read");
                 None

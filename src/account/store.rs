@@ -153,9 +153,23 @@ pub(super) async fn credential(db: &Db, id: AccountId) -> Result<Option<Row>, Er
 }
 
 /// Locks the seat; yields its account, if it has one, locked as well.
-pub(super) async fn lock_seat(tx: &Connection, lock: i32, account: &NewAccount<'_>) -> Result<Option<AccountId>, Error> {
-    tx.all(&LOCK_SEAT, &[&(LockClass::Seat as i32), &lock]).await?;
-    let row = tx.opt(&FIND_SEAT, &[&account.chatgpt_account_id, &account.chatgpt_user_id, &account.email_hash]).await?;
+pub(super) async fn lock_seat(
+    tx: &Connection,
+    lock: i32,
+    account: &NewAccount<'_>,
+) -> Result<Option<AccountId>, Error> {
+    tx.all(&LOCK_SEAT, &[&(LockClass::Seat as i32), &lock])
+        .await?;
+    let row = tx
+        .opt(
+            &FIND_SEAT,
+            &[
+                &account.chatgpt_account_id,
+                &account.chatgpt_user_id,
+                &account.email_hash,
+            ],
+        )
+        .await?;
     Ok(row.map(|row| row.try_get(0)).transpose()?)
 }
 
@@ -166,16 +180,55 @@ pub(super) async fn save_account(
     account: &NewAccount<'_>,
     email_sealed: Option<&[u8]>,
 ) -> Result<(Option<String>, String), Error> {
-    let NewAccount { chatgpt_account_id, chatgpt_user_id, email_hash, label, plan } = account;
+    let NewAccount {
+        chatgpt_account_id,
+        chatgpt_user_id,
+        email_hash,
+        label,
+        plan,
+    } = account;
     let row = tx
-        .one(&SAVE_ACCOUNT, &[&id, chatgpt_account_id, chatgpt_user_id, &email_sealed, email_hash, label, plan])
+        .one(
+            &SAVE_ACCOUNT,
+            &[
+                &id,
+                chatgpt_account_id,
+                chatgpt_user_id,
+                &email_sealed,
+                email_hash,
+                label,
+                plan,
+            ],
+        )
         .await?;
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
-pub(super) async fn save_credential(tx: &Connection, id: AccountId, tokens: &SealedTokens, refreshed_at: Timestamp) -> Result<(), Error> {
-    let SealedTokens { access, refresh, id_token, access_expires_at } = tokens;
-    tx.exec(&SAVE_CREDENTIAL, &[&id, access, refresh, id_token, access_expires_at, &refreshed_at]).await.map(drop)
+pub(super) async fn save_credential(
+    tx: &Connection,
+    id: AccountId,
+    tokens: &SealedTokens,
+    refreshed_at: Timestamp,
+) -> Result<(), Error> {
+    let SealedTokens {
+        access,
+        refresh,
+        id_token,
+        access_expires_at,
+    } = tokens;
+    tx.exec(
+        &SAVE_CREDENTIAL,
+        &[
+            &id,
+            access,
+            refresh,
+            id_token,
+            access_expires_at,
+            &refreshed_at,
+        ],
+    )
+    .await
+    .map(drop)
 }
 
 /// Locks an account; yields its status, or `None` if there is no such account.
@@ -191,18 +244,40 @@ pub(super) async fn generation(tx: &Connection, id: AccountId) -> Result<Option<
 }
 
 /// Replaces the tokens of a locked account; yields the new generation.
-pub(super) async fn rotate(tx: &Connection, id: AccountId, tokens: &SealedTokens, plan: Option<&str>) -> Result<i64, Error> {
-    let SealedTokens { access, refresh, id_token, access_expires_at } = tokens;
+pub(super) async fn rotate(
+    tx: &Connection,
+    id: AccountId,
+    tokens: &SealedTokens,
+    plan: Option<&str>,
+) -> Result<i64, Error> {
+    let SealedTokens {
+        access,
+        refresh,
+        id_token,
+        access_expires_at,
+    } = tokens;
     if let Some(plan) = plan {
         tx.exec(&SET_PLAN, &[&id, &plan]).await?;
     }
-    let row = tx.one(&ROTATE, &[&id, access, refresh, id_token, access_expires_at]).await?;
+    let row = tx
+        .one(
+            &ROTATE,
+            &[&id, access, refresh, id_token, access_expires_at],
+        )
+        .await?;
     Ok(row.try_get(0)?)
 }
 
 /// Of a locked account.
-pub(super) async fn set_status(tx: &Connection, id: AccountId, to: Lifecycle, reason: Option<&str>) -> Result<(), Error> {
-    tx.exec(&SET_STATUS, &[&id, &to.as_str(), &reason]).await.map(drop)
+pub(super) async fn set_status(
+    tx: &Connection,
+    id: AccountId,
+    to: Lifecycle,
+    reason: Option<&str>,
+) -> Result<(), Error> {
+    tx.exec(&SET_STATUS, &[&id, &to.as_str(), &reason])
+        .await
+        .map(drop)
 }
 
 /// Whether there was such an account.
@@ -231,7 +306,9 @@ pub(super) async fn models(db: &Db) -> Result<Vec<(AccountId, Vec<Value>)>, Erro
 }
 
 pub(super) async fn sticky(db: &Db, scope: ScopeId, key: &Key) -> Result<Option<AccountId>, Error> {
-    let row = db.opt(&STICKY, &[&scope, &key.kind.as_str(), &key.hash.as_slice()]).await?;
+    let row = db
+        .opt(&STICKY, &[&scope, &key.kind.as_str(), &key.hash.as_slice()])
+        .await?;
     Ok(row.map(|row| row.try_get(0)).transpose()?)
 }
 
