@@ -261,8 +261,8 @@ impl Accounts {
         Ok(tx.commit().await?)
     }
 
-    /// Notes upstream's verdict on a credential. False if the credential is not `generation` any more: then the verdict is out of date
-    /// and nothing is changed. `reason` is a code, never upstream's text.
+    /// Notes upstream's verdict on a credential; yields whether that changed anything. It does not if the credential is not `generation`
+    /// any more, or the account has ended already. `reason` is a code, never upstream's text.
     ///
     /// # Errors
     /// Of the database.
@@ -274,15 +274,20 @@ impl Accounts {
         generation: i64,
     ) -> Result<bool, db::Error> {
         let tx = self.db.begin().await?;
-        let now = store::lock(&tx, id).await?;
-        if store::generation(&tx, id).await? != Some(generation) {
-            return Ok(false);
-        }
-        if now != Some(to) {
+        let serving = matches!(
+            store::lock(&tx, id).await?,
+            Some(Lifecycle::Active | Lifecycle::Paused)
+        );
+        let judged = serving && store::generation(&tx, id).await? == Some(generation);
+        if judged {
             store::set_status(&tx, id, to, Some(reason)).await?;
             bus::bump(&tx, &[Topic::Accounts]).await?;
         }
-        tx.commit().await.map(|()| true)
+        tx.commit().await?;
+        if judged {
+            tracing::warn!(account_id = %id, status = %to, reason, "an account is out of service");
+        }
+        Ok(judged)
     }
 
     /// The opened credential of an account; `None` if there is no such account.

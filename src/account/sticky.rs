@@ -36,7 +36,7 @@ impl Kind {
         match self {
             Self::Thread => "thread",
             Self::Session => "session",
-            Self::PromptCache => "prompt_cache_key",
+            Self::PromptCache => "prompt_cache",
         }
     }
 

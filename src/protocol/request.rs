@@ -1,0 +1,212 @@
+//! What a client asks for, made fit for upstream.
+//!
+//! Owns the validation and the normalisation of `/responses` bodies and `response.create` frames, and the [`Facts`] that
+//! the engine acts on. It must not know accounts, routes, or what becomes of the request.
+//!
+//! Invariant: normalisation splices the original bytes. Unknown fields, the order of keys, the spelling of numbers and
+//! tools survive exactly, and a body that needs nothing comes back as the same bytes.
+
+mod chat;
+mod client;
+mod fields;
+mod input;
+mod splice;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use memchr::memchr2;
+
+pub use client::Client;
+use splice::{Container, quoted};
+
+/// What the body must be read as, which depends on the route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Shape {
+    /// A body of `/backend-api/codex/responses`.
+    Codex,
+    /// A body of `/v1/responses`.
+    OpenAi,
+    /// A WebSocket `response.create`.
+    Frame,
+    /// A body of `/responses/compact`, which becomes an ordinary request that ends in a compaction trigger.
+    Compact,
+}
+
+/// A request as upstream takes it, and what we know of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The body of an upstream HTTP call: `"stream":true`, `"store":false`.
+    pub body: Bytes,
+    /// What the engine acts on.
+    pub facts: Facts,
+}
+
+/// What the engine needs to know of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// `model`; never empty.
+    pub model: String,
+    /// The client wants events. Always so for [`Shape::Codex`] and [`Shape::Frame`].
+    pub stream: bool,
+    /// False for a prewarm, which generates nothing.
+    pub generate: bool,
+    /// `previous_response_id`; never empty.
+    pub previous_response_id: Option<String>,
+    /// `prompt_cache_key`; never empty.
+    pub prompt_cache_key: Option<String>,
+    /// `service_tier` as upstream gets it.
+    pub service_tier: Option<String>,
+    /// Some input is an image.
+    pub input_images: bool,
+    /// Who asks; the body's word alone until [`Client::with_headers`].
+    pub client: Client,
+}
+
+/// Why a request is refused with 400. Nothing of the prompt is in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct Invalid {
+    /// `invalid_json`, `invalid_request_error` or `unsupported_input_image_format`.
+    pub code: &'static str,
+    /// For people.
+    pub message: String,
+    /// The field at fault.
+    pub param: Option<String>,
+}
+
+impl Invalid {
+    fn new(param: &str, message: impl Into<String>) -> Self {
+        Self {
+            code: "invalid_request_error",
+            message: message.into(),
+            param: Some(param.to_owned()),
+        }
+    }
+
+    fn json(message: impl Into<String>) -> Self {
+        Self {
+            code: "invalid_json",
+            message: message.into(),
+            param: None,
+        }
+    }
+}
+
+/// Reads a request and makes it fit for upstream.
+///
+/// # Errors
+/// Where the body is not JSON, or breaks a rule that upstream would only answer obscurely, or not at all.
+pub fn read(body: Bytes, shape: Shape) -> Result<Request, Invalid> {
+    let text = std::str::from_utf8(&body)
+        .map_err(|_| Invalid::json("The request body is not valid UTF-8."))?;
+    let mut object = parse(text)?;
+    if depth(text.as_bytes()) > DEPTH {
+        return Err(Invalid::json(format!(
+            "The request body is nested deeper than {DEPTH} levels."
+        )));
+    }
+    let facts = fields::normalise(&mut object, shape)?;
+    let edited = object.finish();
+    let body = edited.map_or_else(|| body.clone(), Bytes::from);
+    Ok(Request { body, facts })
+}
+
+fn parse(text: &str) -> Result<Container<'_>, Invalid> {
+    Container::object(text).map_err(|error| {
+        Invalid::json(if error.is_data() {
+            "The request body must be a JSON object.".to_owned()
+        } else {
+            let (line, column) = (error.line(), error.column());
+            format!("The request body is not valid JSON: line {line}, column {column}.")
+        })
+    })
+}
+
+/// What `serde_json` takes; a deeper body could not be read by others either.
+const DEPTH: usize = 127;
+
+/// How deep valid JSON is nested.
+fn depth(mut json: &[u8]) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    while let Some((byte, rest)) = json.split_first() {
+        json = rest;
+        match byte {
+            b'{' | b'[' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            b'"' => {
+                while let Some(at) = memchr2(b'"', b'\\', json) {
+                    let escape = json[at] == b'\\';
+                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
+                    if !escape {
+                        break;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// The headers that a WebSocket cannot repeat per request; they travel in `client_metadata`.
+const CARRIED: [&str; 4] = [
+    "x-codex-turn-metadata",
+    "x-openai-subagent",
+    "x-codex-parent-thread-id",
+    "x-codex-window-id",
+];
+
+impl Request {
+    /// The `response.create` frame of this request.
+    pub fn frame(&self) -> Bytes {
+        self.frame_with_headers(&HeaderMap::new())
+    }
+
+    /// The `response.create` frame for a client that came over HTTP: what its headers say of the turn goes into
+    /// `client_metadata`, unless it is there already.
+    pub fn frame_with_headers(&self, headers: &HeaderMap) -> Bytes {
+        let text = std::str::from_utf8(&self.body).expect("the body was read as UTF-8");
+        let mut object = Container::object(text).expect("the body was read as an object");
+        object.remove("type");
+        object.remove("stream");
+        object.remove("background");
+        carry(&mut object, headers);
+        let mut frame = object.finish().unwrap_or_else(|| text.to_owned());
+        let open = frame.find('{').map_or(0, |at| at + 1);
+        frame.replace_range(..open, r#"{"type":"response.create","#);
+        Bytes::from(frame)
+    }
+}
+
+fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
+    let raw = object.get("client_metadata").unwrap_or("null");
+    let raw = if raw == "null" { "{}" } else { raw };
+    let Ok(mut metadata) = Container::object(raw) else {
+        return; // upstream will say what it thinks of it
+    };
+    for name in CARRIED {
+        let value = headers.get(name).and_then(|value| value.to_str().ok());
+        if let Some(value) = value.filter(|_| metadata.get(name).is_none()) {
+            metadata.set(name, quoted(value));
+        }
+    }
+    if let Some(edited) = metadata.finish() {
+        object.set("client_metadata", edited);
+    }
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("bytes", &self.body.len())
+            .field("facts", &self.facts)
+            .finish()
+    }
+}

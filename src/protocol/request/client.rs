@@ -1,0 +1,119 @@
+//! Who asks, as Codex clients say it.
+
+use http::HeaderMap;
+use serde_json::Value;
+
+use super::super::lenient::text;
+
+const TURN_METADATA: &str = "x-codex-turn-metadata";
+const WINDOW_ID: &str = "x-codex-window-id";
+
+/// What the client says about itself; all of it is optional, and an empty string is nothing said.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Client {
+    /// The thread: one agent's conversation.
+    pub thread_id: Option<String>,
+    /// The session: a root thread and its sub-agents.
+    pub session_id: Option<String>,
+    /// The turn within the thread.
+    pub turn_id: Option<String>,
+    /// The context window; it changes with a compaction.
+    pub window_id: Option<String>,
+    /// `turn`, `prewarm` or `compaction`.
+    pub request_kind: Option<String>,
+}
+
+impl Client {
+    /// What the body's `client_metadata` says, a raw value.
+    pub(super) fn of_metadata(raw: &str) -> Self {
+        let said: Value = serde_json::from_str(raw).unwrap_or_default();
+        let mut client = Self {
+            thread_id: text(&said["thread_id"]),
+            session_id: text(&said["session_id"]),
+            turn_id: text(&said["turn_id"]),
+            window_id: text(&said[WINDOW_ID]),
+            request_kind: None,
+        };
+        client.with_turn_metadata(said[TURN_METADATA].as_str());
+        client
+    }
+
+    /// Fills in from the headers what the body did not say.
+    pub fn with_headers(&mut self, headers: &HeaderMap) {
+        let said = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        self.with_turn_metadata(said(TURN_METADATA));
+        fill(&mut self.thread_id, said("thread-id"));
+        fill(&mut self.session_id, said("session-id"));
+        fill(&mut self.session_id, said("session_id"));
+        fill(&mut self.window_id, said(WINDOW_ID));
+    }
+
+    fn with_turn_metadata(&mut self, json: Option<&str>) {
+        let said: Value = json
+            .and_then(|json| serde_json::from_str(json).ok())
+            .unwrap_or_default();
+        for (field, key) in [
+            (&mut self.thread_id, "thread_id"),
+            (&mut self.session_id, "session_id"),
+            (&mut self.turn_id, "turn_id"),
+            (&mut self.window_id, "window_id"),
+            (&mut self.request_kind, "request_kind"),
+        ] {
+            fill(field, said[key].as_str());
+        }
+    }
+}
+
+fn fill(field: &mut Option<String>, said: Option<&str>) {
+    let said = said.map(str::trim).filter(|said| !said.is_empty());
+    if field.is_none() {
+        *field = said.map(str::to_owned);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn some(text: &str) -> Option<String> {
+        Some(text.to_owned())
+    }
+
+    #[test]
+    fn the_body_speaks_first_then_its_turn_metadata_then_the_headers() {
+        let raw = r#"{"thread_id":"t","turn_id":"","x-codex-window-id":"w:0",
+            "x-codex-turn-metadata":"{\"thread_id\":\"other\",\"turn_id\":\"u\",\"request_kind\":\"turn\"}"}"#;
+        let mut client = Client::of_metadata(raw);
+        let headers = [
+            (TURN_METADATA, r#"{"request_kind":"prewarm","turn_id":"v"}"#),
+            ("thread-id", "header"),
+            ("session_id", "s"),
+        ];
+        let headers = headers
+            .into_iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+            .collect();
+        client.with_headers(&headers);
+        let expected = Client {
+            thread_id: some("t"),
+            session_id: some("s"),
+            turn_id: some("u"),
+            window_id: some("w:0"),
+            request_kind: some("turn"),
+        };
+        assert_eq!(client, expected);
+    }
+
+    #[test]
+    fn what_is_no_metadata_says_nothing() {
+        for raw in [
+            "null",
+            "[]",
+            "7",
+            r#"{"thread_id":7}"#,
+            r#"{"x-codex-turn-metadata":"{oops"}"#,
+        ] {
+            assert_eq!(Client::of_metadata(raw), Client::default(), "{raw}");
+        }
+    }
+}

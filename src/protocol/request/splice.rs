@@ -1,0 +1,294 @@
+//! JSON containers, edited in place.
+//!
+//! A [`Container`] is one level of an object or an array: its members borrow from the text, and what lies deeper is
+//! skipped. Members are replaced, dropped and added by splices over the original bytes.
+//!
+//! Invariant: the bytes of a member that is not edited survive exactly, and so do the order and the spacing.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// A JSON string; borrowed where nothing in it is escaped.
+#[derive(serde::Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// A raw value that is a string.
+pub(super) fn string(raw: &str) -> Option<Cow<'_, str>> {
+    let text: Option<Text<'_>> = serde_json::from_str(raw).ok();
+    text.map(|text| text.0)
+}
+
+/// `text` as a JSON string.
+pub(super) fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+#[derive(Debug)]
+enum Edit {
+    Keep,
+    Drop,
+    Set(String),
+}
+
+#[derive(Debug)]
+struct Member<'a> {
+    key: Cow<'a, str>, // empty in an array
+    value: &'a str,
+    edit: Edit,
+}
+
+/// One level of an object or an array, and the edits to it.
+#[derive(Debug)]
+pub(super) struct Container<'a> {
+    text: &'a str,
+    members: Vec<Member<'a>>,
+    added: Vec<(String, String)>, // the key is empty in an array
+}
+
+impl<'a> Container<'a> {
+    /// Reads an object.
+    ///
+    /// # Errors
+    /// Where the text is not JSON, or not an object.
+    pub(super) fn object(text: &'a str) -> serde_json::Result<Self> {
+        let members = serde_json::from_str::<Members<'a, true>>(text)?.0;
+        Ok(Self::new(text, members))
+    }
+
+    /// Reads an array.
+    ///
+    /// # Errors
+    /// Where the text is not JSON, or not an array.
+    pub(super) fn array(text: &'a str) -> serde_json::Result<Self> {
+        let members = serde_json::from_str::<Members<'a, false>>(text)?.0;
+        Ok(Self::new(text, members))
+    }
+
+    fn new(text: &'a str, members: Vec<Member<'a>>) -> Self {
+        Self {
+            text,
+            members,
+            added: Vec::new(),
+        }
+    }
+
+    /// The original value of `key`; the last one where it stands twice, as most readers take it.
+    pub(super) fn get(&self, key: &str) -> Option<&'a str> {
+        let member = self.members.iter().rfind(|member| member.key == key)?;
+        Some(member.value)
+    }
+
+    /// The original value of `key`, if it says anything.
+    pub(super) fn present(&self, key: &str) -> Option<&'a str> {
+        self.get(key).filter(|raw| *raw != "null")
+    }
+
+    /// The original value of `key`, if it is a string.
+    pub(super) fn string(&self, key: &str) -> Option<Cow<'a, str>> {
+        self.get(key).and_then(string)
+    }
+
+    /// The original keys, in order.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.members.iter().map(|member| &*member.key)
+    }
+
+    /// The original values, in order.
+    pub(super) fn values(&self) -> impl Iterator<Item = &'a str> {
+        self.members.iter().map(|member| member.value)
+    }
+
+    /// Without a member of its own.
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Makes `json` the value of `key`, where it stands or else at the end.
+    pub(super) fn set(&mut self, key: &str, json: impl Into<String>) {
+        self.remove(key);
+        match self.members.iter().rposition(|member| member.key == key) {
+            Some(last) => self.set_at(last, json.into()),
+            None => self.added.push((key.to_owned(), json.into())),
+        }
+    }
+
+    /// Takes out every `key`.
+    pub(super) fn remove(&mut self, key: &str) {
+        self.added.retain(|(added, _)| added != key);
+        for member in self.members.iter_mut().filter(|member| member.key == key) {
+            member.edit = Edit::Drop;
+        }
+    }
+
+    /// Makes `json` the value of the member at `index`; equal bytes are no edit.
+    pub(super) fn set_at(&mut self, index: usize, json: String) {
+        let member = &mut self.members[index];
+        member.edit = if json == member.value {
+            Edit::Keep
+        } else {
+            Edit::Set(json)
+        };
+    }
+
+    /// Takes out the member at `index`.
+    pub(super) fn remove_at(&mut self, index: usize) {
+        self.members[index].edit = Edit::Drop;
+    }
+
+    /// Adds an element to an array.
+    pub(super) fn push(&mut self, json: String) {
+        self.added.push((String::new(), json));
+    }
+
+    /// The edited text; `None` where no edit was needed.
+    pub(super) fn finish(&self) -> Option<String> {
+        let kept = |member: &Member<'_>| matches!(member.edit, Edit::Keep);
+        if self.added.is_empty() && self.members.iter().all(kept) {
+            return None;
+        }
+        let mut out = String::with_capacity(self.text.len() + 64);
+        let mut from = self.text.find(['{', '[']).map_or(0, |open| open + 1);
+        out.push_str(&self.text[..from]);
+        let mut first = true;
+        for member in &self.members {
+            let start = member.value.as_ptr() as usize - self.text.as_ptr() as usize;
+            let lead = &self.text[from..start]; // the comma and the key
+            from = start + member.value.len();
+            let value = match &member.edit {
+                Edit::Keep => member.value,
+                Edit::Set(json) => json,
+                Edit::Drop => continue,
+            };
+            let bare = lead.trim_start().strip_prefix(',').filter(|_| first);
+            out.push_str(bare.unwrap_or(lead));
+            out.push_str(value);
+            first = false;
+        }
+        for (key, json) in &self.added {
+            if !first {
+                out.push(',');
+            }
+            if !key.is_empty() {
+                out.push_str(&quoted(key));
+                out.push(':');
+            }
+            out.push_str(json);
+            first = false;
+        }
+        out.push_str(&self.text[from..]);
+        Some(out)
+    }
+}
+
+struct Members<'a, const OBJECT: bool>(Vec<Member<'a>>);
+
+impl<'de: 'a, 'a, const OBJECT: bool> Deserialize<'de> for Members<'a, OBJECT> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if OBJECT {
+            deserializer.deserialize_map(Reader).map(Self)
+        } else {
+            deserializer.deserialize_seq(Reader).map(Self)
+        }
+    }
+}
+
+struct Reader;
+
+impl<'de> Visitor<'de> for Reader {
+    type Value = Vec<Member<'de>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object or an array")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some((Text(key), value)) = map.next_entry::<Text<'de>, &RawValue>()? {
+            members.push(Member {
+                key,
+                value: value.get(),
+                edit: Edit::Keep,
+            });
+        }
+        Ok(members)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some(value) = seq.next_element::<&RawValue>()? {
+            members.push(Member {
+                key: Cow::Borrowed(""),
+                value: value.get(),
+                edit: Edit::Keep,
+            });
+        }
+        Ok(members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edit_leaves_the_other_members_as_they_are() {
+        type Change = fn(&mut Container<'_>);
+        let cases: [(&str, Change, Option<&str>); 9] = [
+            (r#"{ "a" : 1 }"#, |_| {}, None),
+            (r#"{"a":1}"#, |object| object.set("a", "1"), None),
+            (
+                r#"{ "a" : 1 }"#,
+                |object| object.set("a", "2"),
+                Some(r#"{ "a" : 2 }"#),
+            ),
+            ("{ }", |object| object.set("b", "2"), Some(r#"{"b":2 }"#)),
+            (
+                r#"{"a":1 , "b" : 2}"#,
+                |object| object.remove("a"),
+                Some(r#"{ "b" : 2}"#),
+            ),
+            (
+                r#"{"a":1 , "b" : 2 }"#,
+                |object| object.remove("b"),
+                Some(r#"{"a":1 }"#),
+            ),
+            (
+                r#"{"a":1,"b":2,"a":3}"#,
+                |object| object.set("a", "4"),
+                Some(r#"{"b":2,"a":4}"#),
+            ),
+            (
+                r#"{"\u0061":",}"}"#,
+                |object| object.remove("a"),
+                Some("{}"),
+            ),
+            (
+                r#"{"a":[{}]}"#,
+                |object| {
+                    object.set("b", "2");
+                    object.set("b", "3");
+                    object.set("c", "4");
+                    object.remove("c");
+                },
+                Some(r#"{"a":[{}],"b":3}"#),
+            ),
+        ];
+        for (text, change, expected) in cases {
+            let mut object = Container::object(text).unwrap();
+            change(&mut object);
+            assert_eq!(object.finish().as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_edited_by_index() {
+        let mut array = Container::array(" [1, 2 ,3] ").unwrap();
+        array.remove_at(0);
+        array.set_at(2, "4".to_owned());
+        array.push("5".to_owned());
+        assert_eq!(array.finish().as_deref(), Some(" [ 2 ,4,5] "));
+    }
+}
