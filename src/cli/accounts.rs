@@ -34,7 +34,7 @@ once only, so whoever comes second is logged out. To make a login for Drawbridge
 
 /// Import and manage upstream accounts
 #[derive(Debug, Subcommand)]
-pub enum AccountsCommand {
+pub(super) enum AccountsCommand {
     /// Store a login of the Codex CLI; a known seat gets the new tokens and is active again
     Import {
         /// The auth.json, or - for standard input
@@ -66,7 +66,7 @@ pub enum AccountsCommand {
 ///
 /// # Errors
 /// What a person at the terminal should read.
-pub async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
+pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
     let accounts = Accounts::new(
         context.db.clone(),
         context.ring.clone(),

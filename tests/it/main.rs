@@ -1,6 +1,7 @@
 //! The promises that need a real Postgres, real sockets or real processes: one file each.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
+mod accounts;
 mod architecture;
 mod codex;
 mod embedded;
