@@ -1,4 +1,8 @@
 //! What the accounts' rows promise: one per seat, nothing readable in them, and no change on an outdated credential.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "looks behind the back of the code under test, on a connection of its own"
+)]
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use drawbridge::{
