@@ -5,6 +5,7 @@
     reason = "tests spawn, read clocks and look behind the service's back"
 )]
 
+mod accounts;
 mod architecture;
 mod codex;
 mod embedded;
