@@ -163,7 +163,8 @@ impl<'a> Item<'a> {
                 Edit::Keep => raw.to_owned(),
                 Edit::Drop => r#""""#.to_owned(),
             },
-            raw => raw.to_owned(),
+            raw if raw.starts_with('"') => raw.to_owned(),
+            raw => quoted(raw),
         };
         let id = quoted(&id);
         Ok(format!(

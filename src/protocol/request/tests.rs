@@ -141,6 +141,26 @@ fn fields_become_what_upstream_takes() {
             json!({"reasoning": {"effort": "low", "summary": "auto"}, "reasoningEffort": null, "reasoningSummary": null}),
         ),
         (
+            json!({"thinking": "minimal", "enable_thinking": true}),
+            json!({"reasoning": {"effort": "low"}, "thinking": null, "enable_thinking": null}),
+        ),
+        (
+            json!({"thinking": {"effort": "high"}, "reasoning": {"summary": "auto"}}),
+            json!({"reasoning": {"effort": "high", "summary": "auto"}, "thinking": null}),
+        ),
+        (
+            json!({"thinking": {"type": "enabled", "budget_tokens": 9}}),
+            json!({"reasoning": null, "thinking": null}),
+        ),
+        (
+            json!({"thinking": true}),
+            json!({"reasoning": null, "thinking": null}),
+        ),
+        (
+            json!({"thinking": "high", "reasoning": {"effort": "low"}}),
+            json!({"reasoning": {"effort": "low"}, "thinking": null}),
+        ),
+        (
             json!({"reasoning_effort": "high", "reasoning": {"effort": "low"}}),
             json!({"reasoning": {"effort": "low"}, "reasoning_effort": null}),
         ),
@@ -195,6 +215,10 @@ fn items_become_what_upstream_takes() {
         (
             json!({"type": "message", "role": "tool", "toolCallId": "c", "content": [{"type": "text", "text": "a"}]}),
             json!({"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a"}]}),
+        ),
+        (
+            json!({"role": "tool", "call_id": "c", "content": {"a": 1}}),
+            json!({"type": "function_call_output", "call_id": "c", "output": "{\"a\":1}"}),
         ),
         (
             json!({"role": "tool", "call_id": "c", "content": null}),
@@ -270,6 +294,11 @@ fn system_messages_become_instructions_where_the_client_means_them_so() {
             OpenAi,
             json!({"input": [{"role": "developer"}]}),
             json!({"instructions": null, "input": []}),
+        ),
+        (
+            OpenAi,
+            json!({"input": both, "client_metadata": {}}),
+            json!({"instructions": "system", "input": [says("developer"), user("hi")]}),
         ),
         (
             Codex,
@@ -348,6 +377,11 @@ fn what_upstream_would_refuse_obscurely_is_refused_clearly() {
         (json!({"messages": [{"role": "secret"}]}), "messages"),
         (
             json!({"messages": [{"role": "user", "content": 7}]}),
+            "messages",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [
+                {"id": "c", "function": {"name": "f", "arguments": {"secret": 1}}}]}]}),
             "messages",
         ),
         (json!({"instructions": ["secret"]}), "instructions"),
