@@ -18,7 +18,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use memchr::memchr2;
+use memchr::memchr;
 
 pub use client::Client;
 use splice::{Container, quoted};
@@ -141,10 +141,12 @@ fn depth(mut json: &[u8]) -> usize {
             }
             b'}' | b']' => depth = depth.saturating_sub(1),
             b'"' => {
-                while let Some(at) = memchr2(b'"', b'\\', json) {
-                    let escape = json[at] == b'\\';
-                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
-                    if !escape {
+                // Escapes are many and quotes are few: what matters is how many backslashes stand before a quote.
+                while let Some(at) = memchr(b'"', json) {
+                    let (before, quote) = json.split_at(at);
+                    let slashes = before.iter().rev().take_while(|byte| **byte == b'\\');
+                    json = &quote[1..];
+                    if slashes.count() % 2 == 0 {
                         break;
                     }
                 }

@@ -303,11 +303,9 @@ fn tools(body: &mut Container<'_>) {
 }
 
 fn renamed_each(raw: &str) -> Option<String> {
-    let mut tools = Container::array(raw).ok()?;
-    let raws: Vec<_> = tools.values().collect();
-    for (index, raw) in raws.into_iter().enumerate() {
-        if let Ok(mut tool) = Container::object(raw)
-            && rename(&mut tool)
+    let (mut tools, each) = Container::objects(raw).ok()?;
+    for (index, mut tool) in each.into_iter().enumerate() {
+        if rename(&mut tool)
             && let Some(edited) = tool.finish()
         {
             tools.set_at(index, edited);
