@@ -84,8 +84,7 @@ create table quota_windows (
     primary key (account_id, family, window_minutes)
 );
 
--- Until when an account may not be used for a family, and why. Written by upstream errors alone. lifted_at is when the newest
--- observation began that proved a block over; a block from before it does not count.
+-- Until when an account may not be used for a family, and why. Written by upstream errors alone. Refusals from before lifted_at are over.
 create table quota_blocks (
     account_id uuid not null references accounts on delete cascade,
     family text not null,

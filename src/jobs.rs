@@ -8,18 +8,28 @@ use crate::{account::sticky::Sticky, ledger::Ledger, task::Tasks, upstream::Upst
 const SWEEP: Duration = Duration::from_secs(5);
 /// How often what is old is deleted.
 const PURGE: Duration = Duration::from_secs(600);
+/// How far back rows of the request log that a crash lost are written again; the first look covers a day.
+const MENDED: Duration = Duration::from_secs(24 * 3600);
 /// How often the model catalogues are read.
 const MODELS: Duration = Duration::from_secs(3600);
 
 /// Starts every job.
-pub fn start(tasks: &Tasks, ledger: &Ledger, sticky: &Sticky, upstream: &Upstream, retention_days: u16) {
+pub fn start(
+    tasks: &Tasks,
+    ledger: &Ledger,
+    sticky: &Sticky,
+    upstream: &Upstream,
+    retention_days: u16,
+) {
     let swept = ledger.clone();
     tasks.periodic("sweep", SWEEP, move || {
         let ledger = swept.clone();
         async move {
             match ledger.sweep().await {
                 Ok(0) => {}
-                Ok(turns) => tracing::warn!(turns, "turns that nobody finished were booked as lost"),
+                Ok(turns) => {
+                    tracing::warn!(turns, "turns that nobody finished were booked as lost")
+                }
                 Err(error) => tracing::warn!(%error, "cannot look for lost turns"),
             }
         }
@@ -28,6 +38,9 @@ pub fn start(tasks: &Tasks, ledger: &Ledger, sticky: &Sticky, upstream: &Upstrea
     tasks.periodic("purge", PURGE, move || {
         let (ledger, sticky) = (ledger.clone(), sticky.clone());
         async move {
+            if let Err(error) = ledger.mend(MENDED).await {
+                tracing::warn!(%error, "cannot complete the request log");
+            }
             if let Err(error) = ledger.delete_older_than(retention_days).await {
                 tracing::warn!(%error, "cannot delete old rows of the request log");
             }

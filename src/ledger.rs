@@ -41,14 +41,13 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// The ledger as this incarnation writes it. [`Ledger::run`] must run for the request log to be written.
+    /// The ledger as this incarnation writes it. The request log is written by a task until [`Ledger::flush`].
     #[must_use]
-    pub fn new(db: &Db, boot: BootId) -> Self {
-        Self {
-            db: db.clone(),
-            boot,
-            log: RequestLog::new(db),
-        }
+    pub fn new(db: Db, boot: BootId, tasks: &Tasks) -> Self {
+        let log = RequestLog::new(&db);
+        let writer = log.clone();
+        tasks.essential("request_log", async move { writer.run().await });
+        Self { db, boot, log }
     }
 
     /// Reserves: opens the turn, with its first attempt, before anything is sent. A request that repeats one which did not complete reopens
@@ -65,10 +64,15 @@ impl Ledger {
     /// Records a further attempt, before anything of it is sent. False if the turn is no longer ours: nothing may be sent.
     ///
     /// # Errors
-    /// Of the statement; then nothing may be sent.
+    /// Of the statement; then nothing may be sent, and the attempt does not count.
     pub async fn attempt(&self, opened: &mut Opened, next: Try) -> Result<bool, Error> {
-        opened.begin(Attempt::begin(opened.request().id, self.boot, next));
-        store::attempt(&self.db, opened).await
+        let mut with_next = opened.clone();
+        with_next.begin(Attempt::begin(opened.request().id, self.boot, next));
+        let recorded = store::attempt(&self.db, &with_next).await?;
+        if recorded {
+            *opened = with_next;
+        }
+        Ok(recorded)
     }
 
     /// Books the turn (one try). An attempt that has not ended counts as cut. True if this call booked it; false if it was booked before: by
@@ -115,18 +119,16 @@ impl Ledger {
         self.log.push(Entry::of_request(request, answer));
     }
 
-    /// Writes the request log until [`Ledger::flush`].
-    pub async fn run(self) {
-        self.log.run().await;
-    }
-
-    /// Writes what is queued, at most for `patience`, and ends [`Ledger::run`]. Called when the last turn has ended.
-    pub async fn flush(&self, patience: Duration) {
-        if timeout(patience, self.log.close()).await.is_err() {
-            tracing::warn!("the request log was not written completely");
+    /// Writes what is queued, and ends the writer. Called when the last turn has ended.
+    pub async fn flush(&self) {
+        if timeout(FLUSH_TIME, self.log.close()).await.is_err() {
+            tracing::warn!("the request log was not written completely; the ledger has it");
         }
     }
 }
+
+/// How long the end of the process waits for the request log.
+const FLUSH_TIME: Duration = Duration::from_secs(5);
 
 /// Between two tries of what must be booked: 100 ms to 5 s.
 #[derive(Default)]

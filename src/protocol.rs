@@ -6,9 +6,11 @@
 //!
 //! Invariant: what need not change is never rebuilt. Readers borrow, take upstream's spellings leniently, and never
 //! fail a stream for a field that they did not need.
+pub mod compact;
 pub mod contract;
 pub mod event;
 pub mod failure;
+pub mod headers;
 mod lenient;
 pub mod limits;
 pub mod request;

@@ -21,6 +21,7 @@ use tokio::{
     sync::{Notify, watch},
     time::{MissedTickBehavior, interval},
 };
+use tokio_util::sync::CancellationToken;
 
 use self::{
     anchor::Anchor,
@@ -32,7 +33,7 @@ pub use self::{
     store::STATEMENTS,
 };
 use crate::{
-    bus::{Bus, Topic},
+    bus::{Bus, Subscription, Topic},
     db::{Db, Error},
     ids::AccountId,
     protocol::limits::{Family, Observation},
@@ -60,11 +61,11 @@ struct Shared {
 }
 
 impl Quota {
-    /// What the database knows.
+    /// What the database knows now; nothing follows it. For commands that look once.
     ///
     /// # Errors
     /// If it cannot be asked.
-    pub async fn load(db: &Db) -> Result<Self, Error> {
+    pub async fn read(db: &Db) -> Result<Self, Error> {
         let anchor = Anchor::new(Instant::now(), db.clock().now());
         let quota = Self {
             shared: Arc::new(Shared {
@@ -78,34 +79,41 @@ impl Quota {
         Ok(quota)
     }
 
-    /// Follows the other replicas and stores what this one learns, until the process stops. An essential task; whoever stops the process
-    /// calls [`Quota::flush`] when the last turn has ended.
-    pub async fn run(self, bus: Bus, tasks: Tasks) {
-        let stop = tasks.stopping();
-        let mut peers = bus.subscribe(Topic::Quota);
+    /// What the database knows, with a task that follows the other replicas and stores what this one learns until the process stops.
+    /// Whoever stops it calls [`Quota::flush`] when the last turn has ended.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn load(db: &Db, bus: &Bus, tasks: &Tasks) -> Result<Self, Error> {
+        let peers = bus.subscribe(Topic::Quota);
+        let quota = Self::read(db).await?;
+        tasks.essential("quota", quota.clone().follow(peers, tasks.stopping()));
+        Ok(quota)
+    }
+
+    async fn follow(self, mut peers: Subscription, stop: CancellationToken) {
         let mut ticks = interval(SAVE_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut stale = true;
+        let mut stale = false;
         loop {
-            let save = tokio::select! {
+            tokio::select! {
                 () = stop.cancelled() => return,
                 version = peers.changed() => match version {
-                    Some(_) => { stale = true; false }
+                    Some(_) => stale = true,
                     None => return,
                 },
                 // Samples that wait ride along: the bump is paid for.
-                () = self.shared.urgent.notified() => true,
-                _ = ticks.tick() => true,
-            };
-            if stale {
-                stale = self
-                    .reload()
-                    .await
-                    .inspect_err(|error| tracing::warn!(%error, "cannot read quota"))
-                    .is_err();
+                () = self.shared.urgent.notified() => self.flush().await,
+                _ = ticks.tick() => self.flush().await,
             }
-            if save && let Err(error) = self.flush().await {
-                tracing::warn!(%error, "cannot store quota; it is kept in memory");
+            if stale {
+                stale = match self.reload().await {
+                    Ok(()) => false,
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot read quota");
+                        true
+                    }
+                };
             }
         }
     }
@@ -125,6 +133,9 @@ impl Quota {
         let observed_at = anchor.time_of(began, Instant::now(), now);
         let change = state.observe(account, observation, observed_at, source, now);
         drop(known);
+        if change.urgent {
+            tracing::info!(%account, family = %observation.family, "a block is lifted early");
+        }
         self.announce(change);
     }
 
@@ -159,20 +170,16 @@ impl Quota {
         self.shared.changed.subscribe()
     }
 
-    /// Stores what is not stored yet and tells the other replicas. What fails is kept for the next call.
-    ///
-    /// # Errors
-    /// Of the database.
-    pub async fn flush(&self) -> Result<(), Error> {
+    /// Stores what is not stored yet and tells the other replicas. What fails is logged and kept for the next call.
+    pub async fn flush(&self) {
         let unsaved = self.lock().0.take_unsaved();
         if unsaved.is_empty() {
-            return Ok(());
+            return;
         }
-        let saved = store::save(&self.shared.db, &unsaved).await;
-        if saved.is_err() {
+        if let Err(error) = store::save(&self.shared.db, &unsaved).await {
+            tracing::warn!(%error, "cannot store quota; it is kept in memory");
             self.lock().0.keep_unsaved(unsaved);
         }
-        saved
     }
 
     async fn reload(&self) -> Result<(), Error> {

@@ -1,6 +1,7 @@
 //! Everything that leaves this process for the upstream: connections, fresh credentials, HTTP and WebSocket. It knows accounts, not
 //! clients, and keeps the [`View`] that selection reads.
 
+mod catalogue;
 pub mod credential;
 pub mod http;
 pub mod oauth;
@@ -9,8 +10,8 @@ pub mod websocket;
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::Context as _;
 use ::http::{HeaderMap, HeaderValue, header};
+use anyhow::Context as _;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
@@ -18,12 +19,16 @@ use rustls::{
 use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 
-use self::credential::{Credential, Credentials};
+use self::{
+    catalogue::Catalogue,
+    credential::{Credential, Credentials},
+};
 use crate::{
     account::Accounts,
     bus::Bus,
     config,
     db::{Clock, Db},
+    ids::AccountId,
     quota::Quota,
     routing::View,
     task::Tasks,
@@ -43,12 +48,18 @@ pub mod deadline {
     pub const IDLE: Duration = Duration::from_secs(300);
 }
 
+/// The longest that the view lags behind what this replica has learnt.
+const VIEW_LAG: Duration = Duration::from_millis(100);
+
 /// The way out. Cheap to clone.
 #[derive(Clone)]
 pub struct Upstream {
     client: reqwest::Client,
     base: Arc<str>,
     credentials: Credentials,
+    quota: Quota,
+    accounts: Accounts,
+    catalogue: Catalogue,
     view: watch::Receiver<Arc<View>>,
     clock: Clock,
     transport: config::Transport,
@@ -68,16 +79,48 @@ impl Upstream {
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let client = client(config)?;
-        let credentials = Credentials::new(accounts.clone(), client.clone(), &config.auth_url, db.clock().clone(), bus, tasks);
+        let credentials = Credentials::new(
+            accounts.clone(),
+            client.clone(),
+            &config.auth_url,
+            db.clock().clone(),
+            bus,
+            tasks,
+        );
         let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
-        let clock = db.clock().clone();
-        Ok(Self { client, base: config.url.as_str().into(), credentials, view, clock, transport: config.transport })
+        let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
+        Ok(Self {
+            client,
+            base: config.url.as_str().into(),
+            credentials,
+            quota: quota.clone(),
+            accounts: accounts.clone(),
+            catalogue,
+            view,
+            clock: db.clock().clone(),
+            transport: config.transport,
+        })
     }
 
     /// The pool as it is known now.
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
+    pub async fn shows_block(&self, account: AccountId) {
+        let now = self.now();
+        let mut view = self.view.clone();
+        let blocked = view.wait_for(|view| {
+            let account = view
+                .accounts
+                .iter()
+                .find(|candidate| candidate.id == account);
+            account.is_none_or(|account| account.blocks.iter().any(|block| block.until > now))
+        });
+        // A block that has passed already is never shown.
+        drop(tokio::time::timeout(VIEW_LAG, blocked).await);
     }
 
     /// Tokens that upstream takes.
@@ -90,6 +133,10 @@ impl Upstream {
     #[must_use]
     pub fn clock(&self) -> &Clock {
         &self.clock
+    }
+
+    fn now(&self) -> i64 {
+        self.clock.now().as_second()
     }
 
     /// How turns travel.
@@ -105,14 +152,17 @@ fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
     if let Some(path) = &config.ca_file {
         let read = || format!("DRAWBRIDGE_CA_FILE: cannot read {}", path.display());
         for certificate in CertificateDer::pem_file_iter(path).with_context(read)? {
-            roots.add(certificate.with_context(read)?).with_context(read)?;
+            roots
+                .add(certificate.with_context(read)?)
+                .with_context(read)?;
         }
     }
-    let tls = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .context("TLS versions")?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let tls =
+        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .context("TLS versions")?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         .http1_only()
@@ -132,7 +182,11 @@ fn authorize(headers: &mut HeaderMap, credential: &Credential) {
         .unwrap_or_else(|_| HeaderValue::from_static("Bearer"));
     bearer.set_sensitive(true);
     headers.insert(header::AUTHORIZATION, bearer);
-    if let Some(id) = credential.chatgpt_account_id.as_deref().and_then(|id| HeaderValue::from_str(id).ok()) {
+    if let Some(id) = credential
+        .chatgpt_account_id
+        .as_deref()
+        .and_then(|id| HeaderValue::from_str(id).ok())
+    {
         headers.insert("chatgpt-account-id", id);
     }
 }

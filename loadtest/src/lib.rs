@@ -1,1 +1,4 @@
 //! Fake upstream, load generator and measurements for Drawbridge.
+
+pub mod clock;
+pub mod upstream;

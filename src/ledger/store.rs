@@ -82,7 +82,7 @@ statements! { "ledger";
         select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $1)
         on conflict do nothing");
 
-    /// A plain read: BOOK_LOST decides. A tombstone is never taken back; an incarnation registers before it opens turns.
+    /// A plain read: booking decides. A tombstone is never taken back; an incarnation registers before it opens turns.
     FIND_LOST: [FLOAT8, INT8] = "
         select turn_id, request_id, scope_id, api_key_id, route, transport, model, outcome, reason, first_event_ms, total_ms, attempts
         from turns t

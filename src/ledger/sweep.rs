@@ -131,17 +131,19 @@ impl Ledger {
         }
         if swept > 0 {
             telemetry::count("drawbridge_ledger_sweeps_total");
-            tracing::warn!(swept, "turns of dead replicas were settled by estimate");
         }
         Ok(swept)
     }
 
-    /// Writes the log entries of turns that began in a span of time and were settled over a minute ago without one. Yields how many turns.
+    /// Writes the log entries, where they were lost, of turns that began within `window` and were settled over a minute ago. Yields how
+    /// many turns.
     ///
     /// # Errors
     /// Of a statement.
-    pub async fn mend(&self, from: Timestamp, to: Timestamp) -> Result<u64, Error> {
-        let range = Range::new(from, to);
+    pub async fn mend(&self, window: Duration) -> Result<u64, Error> {
+        let now = self.db.clock().now();
+        let since = now.checked_sub(window).unwrap_or(Timestamp::UNIX_EPOCH);
+        let range = Range::new(since, now);
         let mut mended = 0;
         loop {
             let found = store::find_unlogged(&self.db, &range, BATCH).await?;
@@ -166,12 +168,11 @@ impl Ledger {
     ///
     /// # Errors
     /// Of a statement; what was deleted stays so.
-    pub async fn delete_older_than(&self, days: u32) -> Result<u64, Error> {
+    pub async fn delete_older_than(&self, days: u16) -> Result<u64, Error> {
         const BATCH: i64 = 5_000;
-        let days = i32::try_from(days).unwrap_or(i32::MAX / 4);
         let mut deleted = 0;
         loop {
-            let batch = store::prune(&self.db, days, BATCH).await?;
+            let batch = store::prune(&self.db, days.into(), BATCH).await?;
             deleted += batch;
             if batch < BATCH.unsigned_abs() {
                 return Ok(deleted);
@@ -211,7 +212,7 @@ impl Found {
             request_id: request,
             scope_id: self.scope,
             api_key_id: self.api_key,
-            account_id: attempts().last().map(|attempt| attempt.account_id),
+            account_id: attempts().next_back().map(|attempt| attempt.account_id),
             route: self.route.clone().into(),
             transport: self.transport.clone().into(),
             model: Some(self.model.clone()).filter(|model| !model.is_empty()),

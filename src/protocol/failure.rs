@@ -258,6 +258,11 @@ impl Failure {
         }
     }
 
+    /// Upstream's code, else the class: the reason in tables and logs.
+    pub fn word(&self) -> &str {
+        self.code.as_deref().unwrap_or_else(|| self.class.name())
+    }
+
     /// Until when upstream does not want this account, epoch seconds, rounded up; `None` where it gave no hint at all.
     pub fn blocked_until(&self) -> Option<i64> {
         self.resets_at.or_else(|| {

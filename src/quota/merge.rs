@@ -2,12 +2,14 @@
 
 use std::{cmp::Ordering, fmt, str::FromStr};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 /// The longest believed block, in seconds: upstream has named the year 2446.
 const HORIZON: i64 = 366 * 24 * 3_600;
 /// A block whose end upstream did not name, in seconds; up to a fifth more, so that replicas do not return in step.
 const GUESS: f64 = 60.0;
+/// What began so little after a refusal may have begun before it: replicas know the database's clock to within this.
+const CLOCK_MARGIN: SignedDuration = SignedDuration::from_secs(1);
 
 /// Where a sample comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,7 +81,7 @@ pub struct Block {
     pub until: i64,
     /// Upstream's code of the refusal that lasts longest.
     pub reason: String,
-    /// When the newest observation began that proved a block over. A block from before it does not count.
+    /// Refusals from before it are over: when the newest observation began that proved so, less a margin for clocks.
     pub lifted_at: Option<Timestamp>,
 }
 
@@ -130,11 +132,16 @@ pub fn merge_block(one: Block, other: Block) -> Block {
     }
 }
 
-/// Whether an observation proves that a block is over: it began after upstream refused, no window of the family reads as full by it, and it
-/// is more than a poll, unless the block was one of quota. A turn that upstream served after the refusal disproves any kind of throttle; a
-/// usage report disproves only that the quota is used up.
+/// The new `lifted_at` if an observation proves that a block is over: it began after upstream refused, no window of the family reads as full
+/// by it, and it is more than a poll, unless the block was one of quota. A turn that upstream served after the refusal disproves any kind
+/// of throttle; a usage report disproves only that the quota is used up.
 #[must_use]
-pub fn lifts(block: &Block, observed_at: Timestamp, source: Source, worst_used: f64) -> bool {
+pub fn lifts(
+    block: &Block,
+    observed_at: Timestamp,
+    source: Source,
+    worst_used: f64,
+) -> Option<Timestamp> {
     let convincing = match source {
         Source::Header | Source::Event => true,
         Source::Poll => matches!(
@@ -143,7 +150,8 @@ pub fn lifts(block: &Block, observed_at: Timestamp, source: Source, worst_used: 
         ),
         Source::Error => false,
     };
-    convincing && observed_at > block.blocked_at && worst_used < 100.0
+    let lifted_at = observed_at.saturating_sub(CLOCK_MARGIN).ok()?;
+    (convincing && lifted_at > block.blocked_at && worst_used < 100.0).then_some(lifted_at)
 }
 
 /// The end of a block in epoch seconds: upstream's own, if it lies ahead and is believable; else a guess, where `jitter` is in 0..1.
@@ -153,8 +161,10 @@ pub fn block_until(named: Option<i64>, now: Timestamp, jitter: f64) -> i64 {
     named
         .filter(|until| (seconds + 1..=seconds + HORIZON).contains(until))
         .unwrap_or_else(|| {
-            #[expect(clippy::cast_possible_truncation, reason = "60 to 73")]
-            let guess = (GUESS * (1.0 + jitter / 5.0)).ceil() as i64;
-            seconds + guess
+            let now = now.as_microsecond() as f64 / 1e6;
+            (now + GUESS * (1.0 + jitter / 5.0)).ceil() as i64
         })
 }
+
+#[cfg(test)]
+mod tests;

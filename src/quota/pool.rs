@@ -65,3 +65,86 @@ fn pool_window<'a>(
         resets_at,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::{self, Block};
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn account(plan: &str, windows: &[(u32, f64, i64)]) -> Account {
+        let window = |&(minutes, used_percent, resets_in): &(u32, f64, i64)| routing::Window {
+            family: "codex".into(),
+            minutes,
+            used_percent,
+            resets_at: Some(NOW + resets_in),
+            observed_at: NOW - 1,
+        };
+        Account {
+            id: AccountId::new(),
+            lifecycle: Lifecycle::Active,
+            plan: plan.into(),
+            windows: windows.iter().map(window).collect(),
+            blocks: Vec::new(),
+            models: None,
+            in_flight: Default::default(),
+        }
+    }
+
+    fn blocked(mut account: Account) -> Account {
+        account.blocks.push(Block {
+            family: "codex".into(),
+            until: NOW + 60,
+            reason: "usage_limit_reached".into(),
+        });
+        account
+    }
+
+    #[test]
+    fn windows_are_weighted_by_plan_and_told_apart_by_length() {
+        let mut paused = account("pro", &[(300, 100.0, 5)]);
+        paused.lifecycle = Lifecycle::Paused;
+        let accounts = vec![
+            account("plus", &[(300, 90.0, 500), (10_080, 50.0, 900)]),
+            account("prolite", &[(300, 30.0, 700)]),
+            account("free", &[(43_200, 20.0, 800)]),
+            account("plus", &[(10_080, 80.0, -1)]),
+            paused,
+        ];
+        let view = pool_view(&View { accounts }, NOW, None);
+        let window = |used_percent, window_minutes, resets_in| {
+            Some(PoolWindow {
+                used_percent,
+                window_minutes,
+                resets_at: Some(NOW + resets_in),
+            })
+        };
+        assert_eq!(view.plan_type, "prolite");
+        assert_eq!(view.primary, window(40.0, 300, 500));
+        assert_eq!(
+            view.secondary,
+            window(25.0, 10_080, 900),
+            "a passed reset reads as unused"
+        );
+        assert_eq!(view.monthly, window(20.0, 43_200, 800));
+        assert!(!view.limit_reached);
+    }
+
+    #[test]
+    fn the_limit_is_reached_when_every_account_of_the_key_is_blocked() {
+        let accounts = vec![
+            blocked(account("plus", &[])),
+            account("plus", &[(300, 100.0, 60)]),
+        ];
+        let first = accounts[0].id;
+        let view = View { accounts };
+        assert!(
+            !pool_view(&view, NOW, None).limit_reached,
+            "samples do not block"
+        );
+        assert!(pool_view(&view, NOW, Some(&[first])).limit_reached);
+        assert!(!pool_view(&view, NOW + 60, Some(&[first])).limit_reached);
+        assert_eq!(pool_view(&view, NOW, Some(&[])).plan_type, "guest");
+    }
+}

@@ -16,7 +16,7 @@ statements! { "quota";
         select account_id, family, window_minutes, used_percent, extract(epoch from resets_at)::bigint, observed_at, source
         from quota_windows";
 
-    /// As WINDOWS. What has ended matters to nobody.
+    /// As `WINDOWS`. What has ended matters to nobody.
     BLOCKS: [] = "
         select account_id, family, blocked_at, extract(epoch from blocked_until)::bigint, reason, lifted_at
         from quota_blocks where blocked_until > clock_timestamp()";
@@ -36,11 +36,11 @@ statements! { "quota";
         where (excluded.observed_at, coalesce(excluded.resets_at, '-infinity'), excluded.used_percent, excluded.source)
             > (known.observed_at, coalesce(known.resets_at, '-infinity'), known.used_percent, known.source)";
 
-    /// `merge_block`, row by row; locks and deleted accounts as in SAVE_WINDOWS.
+    /// `merge_block`, row by row; locks and deleted accounts as in `SAVE_WINDOWS`.
     SAVE_BLOCKS: [UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, INT8_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY] = "
         insert into quota_blocks as known (account_id, family, blocked_at, blocked_until, reason, lifted_at)
         select account_id, family, least(blocked_at, clock_timestamp()), to_timestamp(blocked_until), reason,
-            least(lifted_at, clock_timestamp())
+            case when lifted_at is not null then least(lifted_at, clock_timestamp()) end
         from unnest($1, $2, $3, $4, $5, $6) as seen (account_id, family, blocked_at, blocked_until, reason, lifted_at)
         join accounts using (account_id)
         order by account_id, family

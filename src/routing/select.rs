@@ -280,3 +280,6 @@ impl Draw {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,15 +1,21 @@
 //! Requests and event streams over HTTP.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
 use super::{Upstream, authorize, credential::Credential, deadline};
-use crate::protocol::{
-    failure::{Deadline, Failure},
-    sse::{self, Splitter},
+use crate::{
+    db::Clock,
+    ids::AccountId,
+    protocol::{
+        failure::{Class, Deadline, Failure},
+        limits,
+        sse::{self, Splitter},
+    },
+    quota,
 };
 
 /// How much of a refusal is read, and for how long.
@@ -20,6 +26,7 @@ const REFUSAL_TIME: Duration = Duration::from_secs(10);
 pub struct Events {
     response: Box<reqwest::Response>,
     splitter: Splitter,
+    clock: Clock,
 }
 
 impl Upstream {
@@ -27,41 +34,105 @@ impl Upstream {
     ///
     /// # Errors
     /// Classified: upstream's refusal, or what the network did.
-    pub async fn create(&self, credential: &Credential, mut headers: HeaderMap, body: Bytes) -> Result<Events, Failure> {
-        headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    pub async fn create(
+        &self,
+        account: AccountId,
+        credential: &Credential,
+        mut headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Events, Failure> {
+        headers.insert(
+            header::ACCEPT,
+            HeaderValue::from_static("text/event-stream"),
+        );
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         authorize(&mut headers, credential);
-        let request = self.client.post(format!("{}/codex/responses", self.base)).headers(headers).body(body);
-        let response = self.answered(request).await?;
-        Ok(Events { response: Box::new(response), splitter: Splitter::new(sse::MAX_EVENT_BYTES) })
+        let request = self
+            .client
+            .post(format!("{}/codex/responses", self.base))
+            .headers(headers)
+            .body(body);
+        let response = self.answered(account, request).await?;
+        Ok(Events {
+            response: Box::new(response),
+            splitter: Splitter::default(),
+            clock: self.clock.clone(),
+        })
     }
 
     /// A small JSON document below the base URL.
     ///
     /// # Errors
     /// As [`Upstream::create`].
-    pub async fn document(&self, credential: &Credential, path: &str) -> Result<(HeaderMap, Bytes), Failure> {
+    pub async fn document(
+        &self,
+        account: AccountId,
+        credential: &Credential,
+        path: &str,
+    ) -> Result<(HeaderMap, Bytes), Failure> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         authorize(&mut headers, credential);
-        let response = self.answered(self.client.get(format!("{}{path}", self.base)).headers(headers)).await?;
+        let request = self
+            .client
+            .get(format!("{}{path}", self.base))
+            .headers(headers);
+        let response = self.answered(account, request).await?;
         let headers = response.headers().clone();
-        let body = timeout(deadline::HEADERS, response.bytes()).await.map_err(|_| Failure::timeout(Deadline::Idle))?;
-        Ok((headers, body.map_err(|error| network(&error))?))
+        let body = timeout(deadline::HEADERS, response.bytes())
+            .await
+            .map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
+        Ok((headers, body.map_err(|error| network(&error, self.now()))?))
     }
 
     /// Sends a request and waits for a head that says 200.
-    async fn answered(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
+    async fn answered(
+        &self,
+        account: AccountId,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, Failure> {
+        let response = self.head(account, request).await?;
+        if response.status() == StatusCode::OK {
+            Ok(response)
+        } else {
+            Err(self.refused(response).await)
+        }
+    }
+
+    /// Sends a request and waits for its head, whose limits are taken in whatever it says.
+    pub(super) async fn head(
+        &self,
+        account: AccountId,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, Failure> {
+        let began = Instant::now();
         let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
             .await
-            .map_err(|_| Failure::timeout(Deadline::Headers))?
-            .map_err(|error| network(&error))?;
-        if response.status() == StatusCode::OK {
-            return Ok(response);
+            .map_err(|_| Failure::timeout(Deadline::Headers, self.now()))?
+            .map_err(|error| network(&error, self.now()))?;
+        let accepted =
+            [StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS].contains(&response.status());
+        let source = if accepted {
+            quota::Source::Header
+        } else {
+            quota::Source::Error
+        };
+        for observation in limits::from_headers(response.headers(), self.now()) {
+            self.quota.observe(account, &observation, began, source);
         }
+        Ok(response)
+    }
+
+    /// Upstream's refusal, with the beginning of its body.
+    pub(super) async fn refused(&self, response: reqwest::Response) -> Failure {
         let (status, headers) = (response.status(), response.headers().clone());
-        let body = timeout(REFUSAL_TIME, refusal(response)).await.unwrap_or_default();
-        Err(Failure::from_http(status, &headers, body, self.clock.now().as_second()))
+        let body = timeout(REFUSAL_TIME, refusal(response))
+            .await
+            .unwrap_or_default();
+        Failure::from_http(status, &headers, &body, self.now())
     }
 }
 
@@ -93,13 +164,13 @@ impl Events {
         loop {
             match self.splitter.next() {
                 Some(Ok(event)) => return Ok(Some(event)),
-                Some(Err(too_large)) => return Err(Failure::too_large(too_large.limit)),
+                Some(Err(too_large)) => return Err(self.too_large(&too_large)),
                 None => {}
             }
             match self.response.chunk().await {
                 Ok(Some(chunk)) => self.splitter.push(chunk),
                 Ok(None) => return Ok(None),
-                Err(_) => return Err(Failure::truncated()),
+                Err(_) => return Err(Failure::truncated(self.clock.now().as_second())),
             }
         }
     }
@@ -109,17 +180,28 @@ impl Events {
     /// # Errors
     /// As [`Events::next`].
     pub fn ready(&mut self) -> Result<Option<sse::Event>, Failure> {
-        self.splitter.next().transpose().map_err(|too_large| Failure::too_large(too_large.limit))
+        self.splitter
+            .next()
+            .transpose()
+            .map_err(|too_large| self.too_large(&too_large))
+    }
+
+    fn too_large(&self, error: &sse::TooLarge) -> Failure {
+        Failure::local(
+            Class::TooLarge,
+            error.to_string(),
+            self.clock.now().as_second(),
+        )
     }
 }
 
 /// What the network did, without URLs or addresses.
-pub(super) fn network(error: &reqwest::Error) -> Failure {
-    if error.is_connect() {
-        Failure::unreachable()
-    } else if error.is_timeout() {
-        Failure::timeout(Deadline::Connect)
+pub(super) fn network(error: &reqwest::Error, now: i64) -> Failure {
+    if error.is_timeout() {
+        Failure::timeout(Deadline::Connect, now)
+    } else if error.is_connect() {
+        Failure::local(Class::Network, "Upstream cannot be reached", now)
     } else {
-        Failure::network()
+        Failure::local(Class::Network, "The connection to upstream broke", now)
     }
 }

@@ -44,7 +44,6 @@ pub(crate) struct TestDb {
 
 impl TestDb {
     /// A clone of the template, which `migrate` has made of the empty database whose URL it got; it leaves no connection open.
-    #[expect(dead_code, reason = "the first test of a store is its first caller")]
     pub(crate) async fn migrated(migrate: impl AsyncFnOnce(String)) -> Self {
         static TEMPLATE: OnceCell<String> = OnceCell::const_new();
         let template = TEMPLATE

@@ -1,0 +1,51 @@
+//! The fake over HTTP, for tests and demos in other processes.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, extract,
+    response::{IntoResponse as _, Response},
+};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Account, Fault, state::Shared};
+
+/// `GET /__fake/state`.
+pub(super) async fn state(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    let body = shared.read(|state| {
+        json!({
+            "attempts": state.attempts,
+            "violations": state.violations,
+            "sockets": state.sockets,
+            "open_sockets": state.open_sockets,
+            "exchanges": state.logins.iter().map(|(name, login)| (name.clone(), login.exchanges)).collect::<std::collections::BTreeMap<_, _>>(),
+        })
+    });
+    Json(body).into_response()
+}
+
+/// `POST /__fake/faults`.
+pub(super) async fn fault(
+    extract::State(shared): extract::State<Arc<Shared>>,
+    Json(fault): Json<Fault>,
+) -> Response {
+    shared.change(|state| state.faults.push(fault));
+    Json(json!({})).into_response()
+}
+
+/// The body of `POST /__fake/accounts`.
+#[derive(Deserialize)]
+pub(super) struct Named {
+    name: String,
+}
+
+/// `POST /__fake/accounts`: an `auth.json`.
+pub(super) async fn account(
+    extract::State(shared): extract::State<Arc<Shared>>,
+    Json(named): Json<Named>,
+) -> Response {
+    Account::of(&shared, &named.name)
+        .auth_json()
+        .into_response()
+}

@@ -1,0 +1,131 @@
+//! Statements of `api_keys`.
+
+use tokio_postgres::{Row, types::Json};
+
+use super::{Grants, Key, Listed, NewKey};
+use crate::{
+    db::{Connection, Db, Error},
+    ids::ApiKeyId,
+    statements,
+};
+
+/// Columns of a [`Listed`].
+macro_rules! listed {
+    () => {
+        "api_key_id, scope_id, name, prefix, grants, created_at, expires_at, revoked_at, last_used_at"
+    };
+}
+
+statements! { "api_key";
+    /// A fresh random id; the hash is unique by 256 random bits. No row if `scope_of` names no key.
+    CREATE: [UUID, TEXT, BYTEA, TEXT, TIMESTAMPTZ, UUID, JSONB] = concat!("
+        insert into api_keys (api_key_id, scope_id, name, hash, prefix, expires_at, grants)
+        select $1, coalesce(other.scope_id, $1), $2, $3, $4, $5, $7
+        from (select) one left join api_keys other on other.api_key_id = $6
+        where $6 is null or other.api_key_id is not null
+        returning ", listed!());
+
+    /// Serialises with REVOKE on the row; a revoked key keeps its hash.
+    ROTATE: [UUID, BYTEA, TEXT] = concat!("
+        update api_keys set hash = case when revoked_at is null then $2 else hash end,
+            prefix = case when revoked_at is null then $3 else prefix end
+        where api_key_id = $1 returning ", listed!());
+
+    /// Set once.
+    REVOKE: [UUID] = concat!("
+        update api_keys set revoked_at = coalesce(revoked_at, clock_timestamp()) where api_key_id = $1 returning ", listed!());
+
+    /// A plain read.
+    LIST: [] = concat!("select ", listed!(), " from api_keys order by created_at, api_key_id");
+
+    /// A plain read; the version was read before it.
+    LOAD: [] = "select hash, api_key_id, scope_id, name, grants, expires_at, revoked_at is not null from api_keys";
+
+    /// Information for people: concurrent writers differ by seconds. Rows in order of their ids, so that two replicas cannot deadlock.
+    TOUCH: [UUID_ARRAY] = "
+        with used as (select api_key_id from api_keys where api_key_id = any($1) order by api_key_id for no key update)
+        update api_keys k set last_used_at = clock_timestamp() from used where k.api_key_id = used.api_key_id";
+}
+
+pub(super) async fn create(
+    connection: &Connection,
+    id: ApiKeyId,
+    new: &NewKey,
+    hash: &[u8; 32],
+    prefix: &str,
+) -> Result<Option<Listed>, Error> {
+    let row = connection
+        .opt(
+            &CREATE,
+            &[
+                &id,
+                &new.name,
+                &hash.as_slice(),
+                &prefix,
+                &new.expires_at,
+                &new.scope_of,
+                &Json(&new.grants),
+            ],
+        )
+        .await?;
+    row.as_ref().map(listed).transpose()
+}
+
+pub(super) async fn rotate(
+    connection: &Connection,
+    id: ApiKeyId,
+    hash: &[u8; 32],
+    prefix: &str,
+) -> Result<Option<Listed>, Error> {
+    let row = connection
+        .opt(&ROTATE, &[&id, &hash.as_slice(), &prefix])
+        .await?;
+    row.as_ref().map(listed).transpose()
+}
+
+pub(super) async fn revoke(connection: &Connection, id: ApiKeyId) -> Result<Option<Listed>, Error> {
+    let row = connection.opt(&REVOKE, &[&id]).await?;
+    row.as_ref().map(listed).transpose()
+}
+
+pub(super) async fn list(db: &Db) -> Result<Vec<Listed>, Error> {
+    db.all(&LIST, &[]).await?.iter().map(listed).collect()
+}
+
+pub(super) async fn load(db: &Db) -> Result<Vec<(Vec<u8>, Key)>, Error> {
+    db.all(&LOAD, &[]).await?.iter().map(key).collect()
+}
+
+pub(super) async fn touch(db: &Db, used: &[ApiKeyId]) -> Result<(), Error> {
+    db.exec(&TOUCH, &[&used]).await.map(drop)
+}
+
+fn key(row: &Row) -> Result<(Vec<u8>, Key), Error> {
+    let grants = Grants::read(row.try_get(4)?);
+    Ok((
+        row.try_get(0)?,
+        Key {
+            id: row.try_get(1)?,
+            scope: row.try_get(2)?,
+            name: row.try_get(3)?,
+            grants,
+            expires_at: row.try_get(5)?,
+            revoked: row.try_get(6)?,
+        },
+    ))
+}
+
+fn listed(row: &Row) -> Result<Listed, Error> {
+    let grants = Grants::read(row.try_get(4)?);
+    Ok(Listed {
+        id: row.try_get(0)?,
+        scope: row.try_get(1)?,
+        name: row.try_get(2)?,
+        prefix: row.try_get(3)?,
+        grants,
+        created_at: row.try_get(5)?,
+        expires_at: row.try_get(6)?,
+        revoked_at: row.try_get(7)?,
+        last_used_at: row.try_get(8)?,
+    })
+}

@@ -1,0 +1,134 @@
+//! The model catalogue: what upstream lists for each account, the last good copy kept in the database.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::{Upstream, credential::Freshness};
+use crate::{
+    account::Accounts,
+    bus::{Bus, Topic},
+    db,
+    ids::AccountId,
+    routing::Lifecycle,
+    task::Tasks,
+};
+
+/// The client version that is told to upstream; it decides which models are listed.
+const CLIENT_VERSION: &str = "0.169.0";
+/// After the database could not be asked.
+const PAUSE: Duration = Duration::from_secs(1);
+
+type PerAccount = Vec<(AccountId, Vec<Value>)>;
+
+/// What every account lists, as read from the database.
+#[derive(Clone)]
+pub(super) struct Catalogue(watch::Receiver<Arc<PerAccount>>);
+
+impl Catalogue {
+    /// Reads it, and again whenever it moves.
+    pub(super) async fn keep(
+        accounts: Accounts,
+        bus: &Bus,
+        tasks: &Tasks,
+    ) -> Result<Self, db::Error> {
+        let mut moved = bus.subscribe(Topic::Models);
+        let (sender, receiver) = watch::channel(Arc::new(accounts.models().await?));
+        let stop = tasks.stopping();
+        tasks.essential("catalogue", async move {
+            let follow = async {
+                while moved.changed().await.is_some() {
+                    let models = loop {
+                        match accounts.models().await {
+                            Ok(models) => break models,
+                            Err(error) => tracing::warn!(%error, "the model catalogue is old"),
+                        }
+                        tokio::time::sleep(PAUSE).await;
+                    };
+                    sender.send_replace(Arc::new(models));
+                }
+            };
+            stop.run_until_cancelled(follow).await;
+        });
+        Ok(Self(receiver))
+    }
+}
+
+impl Upstream {
+    /// The union of what the allowed accounts list, by slug; of two entries of one slug that of the older account.
+    #[must_use]
+    pub fn models(&self, allowed: Option<&[AccountId]>) -> Vec<Value> {
+        let catalogue = Arc::clone(&self.catalogue.0.borrow());
+        let mut union = BTreeMap::new();
+        let mut order = Vec::new();
+        for (account, entries) in catalogue.iter() {
+            if allowed.is_some_and(|allowed| !allowed.contains(account)) {
+                continue;
+            }
+            for entry in entries {
+                if let Some(slug) = entry["slug"].as_str()
+                    && union.insert(slug.to_owned(), ()).is_none()
+                {
+                    order.push(entry.clone());
+                }
+            }
+        }
+        order
+    }
+
+    /// Reads the catalogue of every account that serves. What fails keeps its last good copy.
+    pub async fn refresh_models(&self) {
+        for account in self
+            .view()
+            .accounts
+            .iter()
+            .filter(|account| account.lifecycle == Lifecycle::Active)
+        {
+            if let Err(why) = self.refresh_account(account.id).await {
+                tracing::debug!(account_id = %account.id, why, "the models of an account are old");
+            }
+        }
+    }
+
+    async fn refresh_account(&self, account: AccountId) -> Result<(), String> {
+        let credential = self
+            .credentials
+            .fresh(account, Freshness::Any)
+            .await
+            .map_err(|error| error.to_string())?;
+        let path = format!("/codex/models?client_version={CLIENT_VERSION}");
+        let (_, body) = self
+            .document(account, &credential, &path)
+            .await
+            .map_err(|failure| failure.to_string())?;
+        let catalogue: Value = serde_json::from_slice(&body).map_err(|_| "not JSON".to_owned())?;
+        let models = catalogue
+            .get("models")
+            .filter(|models| models.is_array())
+            .ok_or("no list of models")?;
+        self.accounts
+            .store_models(account, models)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    /// Ends when accounts were added or removed, at the latest after `patience`.
+    pub async fn accounts_changed(&self, patience: Duration) {
+        let mut view = self.view.clone();
+        let known: Vec<AccountId> = view
+            .borrow_and_update()
+            .accounts
+            .iter()
+            .map(|account| account.id)
+            .collect();
+        let other = view.wait_for(|view| {
+            !view
+                .accounts
+                .iter()
+                .map(|account| account.id)
+                .eq(known.iter().copied())
+        });
+        drop(tokio::time::timeout(patience, other).await);
+    }
+}

@@ -1,0 +1,58 @@
+//! The migrated database of a test, as a store sees it.
+
+use drawbridge::db::{Db, Endpoint, migrate};
+use tokio_postgres::Client;
+
+use super::{pg::TestDb, pgbouncer::PgBouncer};
+
+/// A database with its schema, reached in one of two ways.
+pub(crate) struct Store {
+    /// For the code under test.
+    pub(crate) db: Db,
+    /// For looking behind its back.
+    pub(crate) client: Client,
+    pooled: Endpoint,
+    direct: Endpoint,
+    _pooler: Option<PgBouncer>,
+    _test: TestDb,
+}
+
+impl Store {
+    /// Straight to Postgres.
+    pub(crate) async fn direct() -> Self {
+        Self::open(None).await
+    }
+
+    /// Straight to Postgres, and another one through a pooler in transaction mode: what a store promises holds on both.
+    pub(crate) async fn both_ways() -> [Self; 2] {
+        [
+            Self::direct().await,
+            Self::open(Some(PgBouncer::start().await)).await,
+        ]
+    }
+
+    /// The same database as another process reaches it.
+    pub(crate) fn another(&self) -> Db {
+        Db::new(&self.pooled, &self.direct).unwrap()
+    }
+
+    async fn open(pooler: Option<PgBouncer>) -> Self {
+        let test = TestDb::migrated(async |url| {
+            migrate(&Endpoint::parse(&url).unwrap()).await.unwrap();
+        })
+        .await;
+        let direct = Endpoint::parse(&test.url).unwrap();
+        let pooled = match &pooler {
+            Some(pooler) => Endpoint::parse(&pooler.url(&test)).unwrap(),
+            None => direct.clone(),
+        };
+        Self {
+            db: Db::new(&pooled, &direct).unwrap(),
+            client: test.connect().await,
+            pooled,
+            direct,
+            _pooler: pooler,
+            _test: test,
+        }
+    }
+}
