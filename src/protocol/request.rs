@@ -17,8 +17,8 @@ mod tests;
 use std::fmt;
 
 use bytes::Bytes;
-use http::HeaderMap;
-use memchr::memchr2;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use memchr::memchr;
 
 pub use client::Client;
 use splice::{Container, quoted};
@@ -141,10 +141,12 @@ fn depth(mut json: &[u8]) -> usize {
             }
             b'}' | b']' => depth = depth.saturating_sub(1),
             b'"' => {
-                while let Some(at) = memchr2(b'"', b'\\', json) {
-                    let escape = json[at] == b'\\';
-                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
-                    if !escape {
+                // Escapes are many and quotes are few: what matters is how many backslashes stand before a quote.
+                while let Some(at) = memchr(b'"', json) {
+                    let (before, quote) = json.split_at(at);
+                    let slashes = before.iter().rev().take_while(|byte| **byte == b'\\');
+                    json = &quote[1..];
+                    if slashes.count() % 2 == 0 {
                         break;
                     }
                 }
@@ -155,13 +157,20 @@ fn depth(mut json: &[u8]) -> usize {
     deepest
 }
 
-/// The headers that a WebSocket cannot repeat per request; they travel in `client_metadata`.
-const CARRIED: [&str; 4] = [
-    "x-codex-turn-metadata",
-    "x-openai-subagent",
-    "x-codex-parent-thread-id",
-    "x-codex-window-id",
+/// The headers that a WebSocket cannot repeat per request, and what they are called in `client_metadata`.
+const CARRIED: [(&str, &str); 5] = [
+    ("x-codex-turn-metadata", "x-codex-turn-metadata"),
+    ("x-openai-subagent", "x-openai-subagent"),
+    ("x-codex-parent-thread-id", "x-codex-parent-thread-id"),
+    ("x-codex-window-id", "x-codex-window-id"),
+    (
+        "x-openai-internal-codex-responses-lite",
+        "ws_request_header_x_openai_internal_codex_responses_lite",
+    ),
 ];
+
+/// Before the name of any other header in `client_metadata`.
+const HEADER: &str = "ws_request_header_";
 
 impl Request {
     /// The `response.create` frame of this request.
@@ -183,6 +192,32 @@ impl Request {
         frame.replace_range(..open, r#"{"type":"response.create","#);
         Bytes::from(frame)
     }
+
+    /// The headers of this request over HTTP for a client that came over a WebSocket: those of its handshake, and over
+    /// them what `client_metadata` says of this request. Whoever sends them filters them first, as any client's.
+    pub fn http_headers(&self, handshake: &HeaderMap) -> HeaderMap {
+        let mut headers = handshake.clone();
+        let text = std::str::from_utf8(&self.body).unwrap_or_default();
+        let body = Container::object(text).ok();
+        let metadata = body
+            .and_then(|body| body.present("client_metadata"))
+            .and_then(|raw| Container::object(raw).ok());
+        let members = metadata.iter().flat_map(|all| all.keys().zip(all.values()));
+        for (name, value) in members.filter_map(|(key, raw)| carried(key, raw)) {
+            headers.insert(name, value);
+        }
+        headers
+    }
+}
+
+/// The header that a member of `client_metadata` stands for.
+fn carried(key: &str, raw: &str) -> Option<(HeaderName, HeaderValue)> {
+    let name = match key.strip_prefix(HEADER) {
+        Some(name) => name.replace('_', "-"),
+        None if CARRIED.iter().any(|(name, _)| *name == key) => key.to_owned(),
+        None => return None,
+    };
+    Some((name.parse().ok()?, splice::string(raw)?.parse().ok()?))
 }
 
 fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
@@ -191,10 +226,10 @@ fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
     let Ok(mut metadata) = Container::object(raw) else {
         return; // upstream will say what it thinks of it
     };
-    for name in CARRIED {
+    for (name, key) in CARRIED {
         let value = headers.get(name).and_then(|value| value.to_str().ok());
-        if let Some(value) = value.filter(|_| metadata.get(name).is_none()) {
-            metadata.set(name, quoted(value));
+        if let Some(value) = value.filter(|_| metadata.get(key).is_none()) {
+            metadata.set(key, quoted(value));
         }
     }
     if let Some(edited) = metadata.finish() {
