@@ -1,4 +1,5 @@
 //! Fake upstream, load generator and measurements for Drawbridge.
 
 pub mod clock;
+pub mod drive;
 pub mod upstream;

@@ -1,9 +1,12 @@
 //! The `loadtest` program.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use clap::{Parser, Subcommand};
-use loadtest::upstream::{Config, Upstream};
+use clap::{Args, Parser, Subcommand};
+use loadtest::{
+    drive::{Plan, Transport, drive},
+    upstream::{Config, Upstream},
+};
 
 /// Fake upstream, load generator and measurements for Drawbridge.
 #[derive(Parser)]
@@ -14,23 +17,83 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the fake upstream until it is killed
+    /// Run the fake upstream until it is killed; prints its URL
     Upstream {
         /// Where
         #[arg(long, default_value = "127.0.0.1:0")]
         listen: SocketAddr,
+        /// Text deltas of an ordinary answer
+        #[arg(long, default_value_t = 4)]
+        deltas: usize,
+        /// Forget what the requests said: for long runs
+        #[arg(long)]
+        lean: bool,
     },
+    /// Put a load on a URL and print what a client would have felt, as JSON
+    Drive(Drive),
+}
+
+#[derive(Args)]
+struct Drive {
+    /// Base URL of the Codex route
+    #[arg(long, default_value = "http://127.0.0.1:2455/backend-api/codex")]
+    url: String,
+    /// Client key
+    #[arg(long, env = "DRAWBRIDGE_KEY", hide_env_values = true)]
+    key: String,
+    /// Account id, to talk to the fake directly
+    #[arg(long)]
+    account_id: Option<String>,
+    /// Connections
+    #[arg(long, default_value_t = 16)]
+    streams: usize,
+    /// Turns started per second over all streams; 0 = each after the one before it
+    #[arg(long, default_value_t = 0.0)]
+    rate: f64,
+    /// Turns of each stream
+    #[arg(long, default_value_t = 10)]
+    turns: usize,
+    /// How turns travel
+    #[arg(long, value_enum, default_value_t = Transport::Sse)]
+    transport: Transport,
+    /// Size of a request
+    #[arg(long, default_value_t = 40_000)]
+    body_bytes: usize,
 }
 
 #[tokio::main]
 #[expect(clippy::print_stdout, reason = "a program for people and scripts")]
 async fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
-        Command::Upstream { listen } => {
+        Command::Upstream {
+            listen,
+            deltas,
+            lean,
+        } => {
             let listener = tokio::net::TcpListener::bind(listen).await?;
-            let upstream = Upstream::start_on(listener, Config::default());
+            let config = Config {
+                deltas,
+                bodies: !lean,
+                ..Config::default()
+            };
+            let upstream = Upstream::start_on(listener, config);
             println!("{}", upstream.url());
             tokio::signal::ctrl_c().await?;
+        }
+        Command::Drive(args) => {
+            let plan = Plan {
+                url: args.url,
+                key: args.key,
+                account_id: args.account_id,
+                streams: args.streams,
+                rate: args.rate,
+                turns: args.turns,
+                transport: args.transport,
+                body_bytes: args.body_bytes,
+                ramp: Duration::ZERO,
+                timeout: Duration::from_secs(120),
+            };
+            println!("{}", serde_json::to_string_pretty(&drive(&plan).await?)?);
         }
     }
     Ok(())

@@ -37,6 +37,8 @@ pub struct Config {
     pub socket_age: Option<Duration>,
     /// Percent used that every answer reports for the short window.
     pub used_percent: f64,
+    /// Whether attempts keep their bodies and histories, which long runs cannot afford.
+    pub bodies: bool,
 }
 
 impl Default for Config {
@@ -45,6 +47,7 @@ impl Default for Config {
             deltas: 4,
             socket_age: None,
             used_percent: 12.0,
+            bodies: true,
         }
     }
 }
@@ -84,8 +87,12 @@ impl Upstream {
             .route("/backend-api/codex/models", get(http::models))
             .route("/backend-api/wham/usage", get(http::usage))
             .route("/__fake/state", get(control::state))
-            .route("/__fake/faults", post(control::fault))
+            .route(
+                "/__fake/faults",
+                post(control::fault).delete(control::no_faults),
+            )
             .route("/__fake/accounts", post(control::account))
+            .route("/__fake/accounts/{name}/expire", post(control::expire))
             .layer(axum::extract::DefaultBodyLimit::max(128 << 20))
             .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move {

@@ -34,6 +34,21 @@ pub(super) async fn fault(
     Json(json!({})).into_response()
 }
 
+/// `DELETE /__fake/faults`.
+pub(super) async fn no_faults(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    shared.change(|state| state.faults.clear());
+    Json(json!({})).into_response()
+}
+
+/// `POST /__fake/accounts/{name}/expire`: its access token is not accepted any more.
+pub(super) async fn expire(
+    extract::State(shared): extract::State<Arc<Shared>>,
+    extract::Path(name): extract::Path<String>,
+) -> Response {
+    Account::of(&shared, &name).expire();
+    Json(json!({})).into_response()
+}
+
 /// The body of `POST /__fake/accounts`.
 #[derive(Deserialize)]
 pub(super) struct Named {

@@ -54,7 +54,9 @@ pub(super) async fn create(
     }
     let history = body["input"].as_array().cloned().unwrap_or_default();
     let fault = shared.change(|state| {
-        state.attempts[n].history.clone_from(&history);
+        if shared.config.bodies {
+            state.attempts[n].history.clone_from(&history);
+        }
         let turn = state.attempts[n].client_turn_id.clone();
         state.due(&account, turn.as_deref())
     });
@@ -294,6 +296,7 @@ pub(super) fn record(
         .or(body["client_metadata"]["turn_id"].as_str());
     let headers: BTreeMap<String, String> = headers
         .iter()
+        .filter(|_| shared.config.bodies)
         .map(|(name, value)| (name.to_string(), text(value)))
         .collect();
     shared.change(|state| {
@@ -311,7 +314,11 @@ pub(super) fn record(
             model: body["model"].as_str().unwrap_or_default().to_owned(),
             status,
             headers,
-            body: body.clone(),
+            body: if shared.config.bodies {
+                body.clone()
+            } else {
+                Value::Null
+            },
             history: Vec::new(),
             response_id: None,
             usage: None,

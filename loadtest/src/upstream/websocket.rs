@@ -180,7 +180,9 @@ impl Line {
         }
         self.history
             .extend(frame["input"].as_array().cloned().unwrap_or_default());
-        shared.attempt(n, |attempt| attempt.history.clone_from(&self.history));
+        if shared.config.bodies {
+            shared.attempt(n, |attempt| attempt.history.clone_from(&self.history));
+        }
         let model = frame["model"].as_str().unwrap_or_default().to_owned();
         let id = shared.change(|state| state.id("resp"));
         if frame["generate"] == false {
