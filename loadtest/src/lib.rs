@@ -2,4 +2,6 @@
 
 pub mod clock;
 pub mod drive;
+pub mod process;
+pub mod rig;
 pub mod upstream;

@@ -86,6 +86,7 @@ impl Upstream {
             )
             .route("/backend-api/codex/models", get(http::models))
             .route("/backend-api/wham/usage", get(http::usage))
+            .route("/__fake/ready", get(async || "ready"))
             .route("/__fake/state", get(control::state))
             .route(
                 "/__fake/faults",
