@@ -1,5 +1,6 @@
 //! Fake upstream, load generator and measurements for Drawbridge.
 
+pub mod bench;
 pub mod clock;
 pub mod drive;
 pub mod process;

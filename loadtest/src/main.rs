@@ -1,10 +1,12 @@
 //! The `loadtest` program.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
+    bench,
     drive::{Plan, Transport, drive},
+    process::interrupted,
     upstream::{Config, Upstream},
 };
 
@@ -31,6 +33,24 @@ enum Command {
     },
     /// Put a load on a URL and print what a client would have felt, as JSON
     Drive(Drive),
+    /// Compare the cost of a turn in nginx and in Drawbridge
+    Bench {
+        /// Release binary of Drawbridge
+        #[arg(long, required_unless_present = "only")]
+        drawbridge: Option<PathBuf>,
+        /// Leave the other one out
+        #[arg(long, value_parser = ["nginx"])]
+        only: Option<String>,
+        /// Rounds of each scenario; the medians count
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Size of a request
+        #[arg(long, default_value_t = 40_000)]
+        body_bytes: usize,
+        /// Where the JSON goes
+        #[arg(long, default_value = "loadtest/results/bench.json")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -94,6 +114,25 @@ async fn main() -> anyhow::Result<()> {
                 timeout: Duration::from_secs(120),
             };
             println!("{}", serde_json::to_string_pretty(&drive(&plan).await?)?);
+        }
+        Command::Bench {
+            drawbridge,
+            only,
+            rounds,
+            body_bytes,
+            out,
+        } => {
+            let drawbridge = drawbridge.filter(|_| only.is_none());
+            let options = bench::Options {
+                drawbridge,
+                rounds,
+                body_bytes,
+                out,
+            };
+            tokio::select! {
+                ended = bench::run(&options) => ended?,
+                asked = interrupted() => asked?,
+            }
         }
     }
     Ok(())
