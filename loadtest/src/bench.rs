@@ -62,7 +62,7 @@ impl Scenario {
     /// Streams and turns of each.
     fn size(self) -> (usize, usize) {
         match self {
-            Self::Burst => (16, 125),
+            Self::Burst => (16, 250),
             Self::Paced => (200, 5),
         }
     }

@@ -54,6 +54,9 @@ impl Quantiles {
     }
 }
 
+/// Ten minutes; longer times count as this.
+const LONGEST: u64 = 600_000_000;
+
 /// The counters of a load that runs.
 pub(super) struct Tally {
     turns: u64,
@@ -77,7 +80,10 @@ pub(super) enum Seen {
 
 impl Default for Tally {
     fn default() -> Self {
-        let histogram = || Histogram::new(3).expect("three digits are allowed");
+        let histogram = || {
+            Histogram::new_with_bounds(1, LONGEST, 3)
+                .expect("the bounds are apart and the digits few")
+        };
         Self {
             turns: 0,
             completed: 0,
