@@ -1,6 +1,10 @@
 //! The commands. Each works on the database of the settings, the embedded cluster included, whether `serve` runs or not.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the commands talk to people")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the commands talk to people"
+)]
 
 mod accounts;
 mod keys;
@@ -84,7 +88,11 @@ pub async fn run(cli: Cli) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("drawbridge: {error:#}");
-            if error.is::<BadConfiguration>() { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+            if error.is::<BadConfiguration>() {
+                ExitCode::from(BAD_CONFIGURATION)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -95,7 +103,9 @@ impl Cli {
         let config = self.settings.check().map_err(BadConfiguration)?;
         match self.command {
             Command::Config { strict } => {
-                unknown.iter().for_each(|warning| eprintln!("drawbridge: {warning}"));
+                unknown
+                    .iter()
+                    .for_each(|warning| eprintln!("drawbridge: {warning}"));
                 if strict && !unknown.is_empty() {
                     return Err(BadConfiguration(vec!["unknown settings".into()]).into());
                 }
@@ -104,20 +114,35 @@ impl Cli {
             Command::Serve => {
                 telemetry::start_logs(&config.log.filter, config.log.format)
                     .map_err(|error| BadConfiguration(vec![format!("DRAWBRIDGE_LOG: {error}")]))?;
-                unknown.iter().for_each(|warning| tracing::warn!("{warning}"));
+                unknown
+                    .iter()
+                    .for_each(|warning| tracing::warn!("{warning}"));
                 return serve(config).await;
             }
             Command::Accounts(command) => {
-                with_context(&config, self.json, async |context| accounts::run(command, context).await).await?;
+                with_context(&config, self.json, async |context| {
+                    accounts::run(command, context).await
+                })
+                .await?;
             }
             Command::Keys(command) => {
-                with_context(&config, self.json, async |context| keys::run(command, context).await).await?;
+                with_context(&config, self.json, async |context| {
+                    keys::run(command, context).await
+                })
+                .await?;
             }
             Command::Migrate => {
                 let data = Data::open(&config).await?;
                 let applied = migrate(&data.direct).await?;
                 data.close().await;
-                println!("{}", if self.json { format!("{{\"applied\":{applied}}}") } else { format!("{applied} migrations applied") });
+                println!(
+                    "{}",
+                    if self.json {
+                        format!("{{\"applied\":{applied}}}")
+                    } else {
+                        format!("{applied} migrations applied")
+                    }
+                );
             }
         }
         Ok(ExitCode::SUCCESS)
@@ -136,13 +161,20 @@ impl Data {
     async fn open(config: &Config) -> anyhow::Result<Self> {
         match &config.database {
             Database::Embedded => {
-                let cluster = Cluster::open(&config.data_dir).await.context("the embedded database")?;
+                let cluster = Cluster::open(&config.data_dir)
+                    .await
+                    .context("the embedded database")?;
                 let endpoint = Endpoint::local(cluster.config());
-                Ok(Self { pooled: endpoint.clone(), direct: endpoint, cluster: Some(cluster) })
+                Ok(Self {
+                    pooled: endpoint.clone(),
+                    direct: endpoint,
+                    cluster: Some(cluster),
+                })
             }
             Database::External { pooled, direct } => {
                 let read = |name: &str, url: &SecretString| {
-                    Endpoint::parse(url.expose_secret()).map_err(|error| BadConfiguration(vec![format!("{name} {error}")]))
+                    Endpoint::parse(url.expose_secret())
+                        .map_err(|error| BadConfiguration(vec![format!("{name} {error}")]))
                 };
                 Ok(Self {
                     pooled: read("DRAWBRIDGE_DATABASE_URL", pooled)?,
@@ -172,7 +204,11 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let installation = open_installation(&db, &ring, &config).await?;
     let clean = server::run(config, db, ring, installation).await?;
     data.close().await;
-    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if clean {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Opens the database for a command, runs it, and closes the database.
@@ -189,14 +225,23 @@ async fn with_context(
     let db = Db::new(&data.pooled, &data.direct)?;
     let installation = open_installation(&db, &ring, config).await?;
     db.learn_time().await?;
-    let context = Context { db, ring, installation, json };
+    let context = Context {
+        db,
+        ring,
+        installation,
+        json,
+    };
     let result = work(&context).await;
     context.db.close();
     data.close().await;
     result
 }
 
-async fn open_installation(db: &Db, ring: &KeyRing, config: &Config) -> anyhow::Result<Installation> {
+async fn open_installation(
+    db: &Db,
+    ring: &KeyRing,
+    config: &Config,
+) -> anyhow::Result<Installation> {
     Installation::open(db, ring).await.map_err(|error| match error {
         OpenError::Keys(error) => {
             let from = match &config.master_keys {
@@ -229,7 +274,11 @@ fn key_ring(source: &MasterKeys) -> anyhow::Result<KeyRing> {
 fn read_keys(path: &Path) -> anyhow::Result<SecretString> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(SecretString::from(text)),
-        Err(error) => Err(BadConfiguration(vec![format!("cannot read master keys from {}: {error}", path.display())]).into()),
+        Err(error) => Err(BadConfiguration(vec![format!(
+            "cannot read master keys from {}: {error}",
+            path.display()
+        )])
+        .into()),
     }
 }
 
@@ -244,13 +293,20 @@ fn create_keys(path: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     // Written beside and linked into place: nobody ever reads half a key, and an existing one is never replaced.
     let draft = folder.join(format!("master.key.{}", std::process::id()));
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&draft)?;
     writeln!(file, "{}", KeyRing::generate("k1").expose_secret())?;
     file.sync_all()?;
     let linked = fs::hard_link(&draft, path);
     fs::remove_file(&draft)?;
     match linked {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error).context("cannot write the master key"),
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(error).context("cannot write the master key")
+        }
         _ => Ok(()),
     }
 }

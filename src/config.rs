@@ -18,31 +18,74 @@ pub struct Settings {
     #[arg(long, global = true, env = "DRAWBRIDGE_LISTEN", value_name = "ADDR")]
     listen: Option<String>,
     /// Address for /metrics, /livez and /readyz [default: 127.0.0.1:9464]
-    #[arg(long, global = true, env = "DRAWBRIDGE_ADMIN_LISTEN", value_name = "ADDR")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_ADMIN_LISTEN",
+        value_name = "ADDR"
+    )]
     admin_listen: Option<String>,
     /// Name of this replica in logs and tables [default: the host name]
-    #[arg(long, global = true, env = "DRAWBRIDGE_REPLICA_NAME", value_name = "NAME")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_REPLICA_NAME",
+        value_name = "NAME"
+    )]
     replica_name: Option<String>,
     /// Postgres, possibly through a transaction pooler; unset = an embedded cluster in DATA_DIR
-    #[arg(long, global = true, env = "DRAWBRIDGE_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_DATABASE_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
     database_url: Option<SecretText>,
     /// Postgres itself, for heartbeats and notifications [default: DATABASE_URL]
-    #[arg(long, global = true, env = "DRAWBRIDGE_DATABASE_DIRECT_URL", value_name = "URL", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_DATABASE_DIRECT_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
     database_direct_url: Option<SecretText>,
     /// Whether `serve` applies migrations [default: true]
-    #[arg(long, global = true, env = "DRAWBRIDGE_MIGRATE_ON_START", value_name = "BOOL")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_MIGRATE_ON_START",
+        value_name = "BOOL"
+    )]
     migrate_on_start: Option<String>,
     /// Embedded cluster and generated master key [default: ~/.drawbridge, as root /var/lib/drawbridge]
     #[arg(long, global = true, env = "DRAWBRIDGE_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// id:base64(32 bytes), comma separated, the current one first
-    #[arg(long, global = true, env = "DRAWBRIDGE_MASTER_KEYS", value_name = "KEYS", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_MASTER_KEYS",
+        value_name = "KEYS",
+        hide_env_values = true
+    )]
     master_keys: Option<SecretText>,
     /// A file with the same content
-    #[arg(long, global = true, env = "DRAWBRIDGE_MASTER_KEYS_FILE", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_MASTER_KEYS_FILE",
+        value_name = "FILE"
+    )]
     master_keys_file: Option<PathBuf>,
     /// The Codex backend [default: https://chatgpt.com/backend-api]
-    #[arg(long, global = true, env = "DRAWBRIDGE_UPSTREAM_URL", value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_UPSTREAM_URL",
+        value_name = "URL"
+    )]
     upstream_url: Option<String>,
     /// The token endpoint's origin [default: https://auth.openai.com]
     #[arg(long, global = true, env = "DRAWBRIDGE_AUTH_URL", value_name = "URL")]
@@ -51,25 +94,55 @@ pub struct Settings {
     #[arg(long, global = true, env = "DRAWBRIDGE_CA_FILE", value_name = "FILE")]
     ca_file: Option<PathBuf>,
     /// auto, http or websocket [default: auto]
-    #[arg(long, global = true, env = "DRAWBRIDGE_UPSTREAM_TRANSPORT", value_name = "WORD")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_UPSTREAM_TRANSPORT",
+        value_name = "WORD"
+    )]
     upstream_transport: Option<String>,
     /// auto (loopback may go without until a key exists) or always [default: auto]
-    #[arg(long, global = true, env = "DRAWBRIDGE_REQUIRE_API_KEY", value_name = "WORD")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_REQUIRE_API_KEY",
+        value_name = "WORD"
+    )]
     require_api_key: Option<String>,
     /// After SIGTERM: still served, but unready [default: 5s]
-    #[arg(long, global = true, env = "DRAWBRIDGE_DRAIN_DELAY", value_name = "TIME")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_DRAIN_DELAY",
+        value_name = "TIME"
+    )]
     drain_delay: Option<String>,
     /// Then running turns may end [default: 600s]
-    #[arg(long, global = true, env = "DRAWBRIDGE_DRAIN_GRACE", value_name = "TIME")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_DRAIN_GRACE",
+        value_name = "TIME"
+    )]
     drain_grace: Option<String>,
     /// Age at which the request log is deleted [default: 30]
-    #[arg(long, global = true, env = "DRAWBRIDGE_RETENTION_DAYS", value_name = "DAYS")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_RETENTION_DAYS",
+        value_name = "DAYS"
+    )]
     retention_days: Option<String>,
     /// Tracing filter [default: info]
     #[arg(long, global = true, env = "DRAWBRIDGE_LOG", value_name = "FILTER")]
     log: Option<String>,
     /// text or json [default: text]
-    #[arg(long, global = true, env = "DRAWBRIDGE_LOG_FORMAT", value_name = "WORD")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_LOG_FORMAT",
+        value_name = "WORD"
+    )]
     log_format: Option<String>,
 }
 
@@ -237,12 +310,15 @@ impl Settings {
         let database = match (self.database_url, self.database_direct_url) {
             (None, None) => Database::Embedded,
             (None, Some(_)) => {
-                faults.add("DRAWBRIDGE_DATABASE_DIRECT_URL is set but DRAWBRIDGE_DATABASE_URL is not");
+                faults.add(
+                    "DRAWBRIDGE_DATABASE_DIRECT_URL is set but DRAWBRIDGE_DATABASE_URL is not",
+                );
                 Database::Embedded
             }
-            (Some(pooled), direct) => {
-                Database::External { direct: direct.unwrap_or_else(|| pooled.clone()).0, pooled: pooled.0 }
-            }
+            (Some(pooled), direct) => Database::External {
+                direct: direct.unwrap_or_else(|| pooled.clone()).0,
+                pooled: pooled.0,
+            },
         };
         let data_dir = self.data_dir.or_else(default_data_dir).unwrap_or_else(|| {
             faults.add("DRAWBRIDGE_DATA_DIR is not set and there is no home directory");
@@ -250,7 +326,9 @@ impl Settings {
         });
         let master_keys = match (self.master_keys, self.master_keys_file, &database) {
             (Some(_), Some(path), _) => {
-                faults.add("DRAWBRIDGE_MASTER_KEYS and DRAWBRIDGE_MASTER_KEYS_FILE are both set; keep one");
+                faults.add(
+                    "DRAWBRIDGE_MASTER_KEYS and DRAWBRIDGE_MASTER_KEYS_FILE are both set; keep one",
+                );
                 MasterKeys::File(path)
             }
             (Some(text), None, _) => MasterKeys::Given(text.0),
@@ -265,7 +343,13 @@ impl Settings {
             }
         };
         let config = Config {
-            listen: faults.parse("DRAWBRIDGE_LISTEN", self.listen, "127.0.0.1:2455", "an address such as 127.0.0.1:2455", address),
+            listen: faults.parse(
+                "DRAWBRIDGE_LISTEN",
+                self.listen,
+                "127.0.0.1:2455",
+                "an address such as 127.0.0.1:2455",
+                address,
+            ),
             admin_listen: faults.parse(
                 "DRAWBRIDGE_ADMIN_LISTEN",
                 self.admin_listen,
@@ -275,43 +359,91 @@ impl Settings {
             ),
             replica_name: self.replica_name.unwrap_or_else(host_name),
             database,
-            migrate_on_start: faults.parse("DRAWBRIDGE_MIGRATE_ON_START", self.migrate_on_start, "true", "true or false", |text| {
-                text.parse().ok()
-            }),
+            migrate_on_start: faults.parse(
+                "DRAWBRIDGE_MIGRATE_ON_START",
+                self.migrate_on_start,
+                "true",
+                "true or false",
+                |text| text.parse().ok(),
+            ),
             data_dir,
             master_keys,
             upstream: Upstream {
-                url: faults.parse("DRAWBRIDGE_UPSTREAM_URL", self.upstream_url, "https://chatgpt.com/backend-api", "an http(s) URL", url),
-                auth_url: faults.parse("DRAWBRIDGE_AUTH_URL", self.auth_url, "https://auth.openai.com", "an http(s) URL", url),
+                url: faults.parse(
+                    "DRAWBRIDGE_UPSTREAM_URL",
+                    self.upstream_url,
+                    "https://chatgpt.com/backend-api",
+                    "an http(s) URL",
+                    url,
+                ),
+                auth_url: faults.parse(
+                    "DRAWBRIDGE_AUTH_URL",
+                    self.auth_url,
+                    "https://auth.openai.com",
+                    "an http(s) URL",
+                    url,
+                ),
                 ca_file: self.ca_file,
-                transport: faults.parse("DRAWBRIDGE_UPSTREAM_TRANSPORT", self.upstream_transport, "auto", "auto, http or websocket", |text| {
-                    match text {
+                transport: faults.parse(
+                    "DRAWBRIDGE_UPSTREAM_TRANSPORT",
+                    self.upstream_transport,
+                    "auto",
+                    "auto, http or websocket",
+                    |text| match text {
                         "auto" => Some(Transport::Auto),
                         "http" => Some(Transport::Http),
                         "websocket" => Some(Transport::WebSocket),
                         _ => None,
-                    }
-                }),
+                    },
+                ),
             },
-            key_rule: faults.parse("DRAWBRIDGE_REQUIRE_API_KEY", self.require_api_key, "auto", "auto or always", |text| match text {
-                "auto" => Some(KeyRule::Auto),
-                "always" => Some(KeyRule::Always),
-                _ => None,
-            }),
+            key_rule: faults.parse(
+                "DRAWBRIDGE_REQUIRE_API_KEY",
+                self.require_api_key,
+                "auto",
+                "auto or always",
+                |text| match text {
+                    "auto" => Some(KeyRule::Auto),
+                    "always" => Some(KeyRule::Always),
+                    _ => None,
+                },
+            ),
             drain: Drain {
-                delay: faults.parse("DRAWBRIDGE_DRAIN_DELAY", self.drain_delay, "5s", "a time such as 5s", duration),
-                grace: faults.parse("DRAWBRIDGE_DRAIN_GRACE", self.drain_grace, "600s", "a time such as 10m", duration),
+                delay: faults.parse(
+                    "DRAWBRIDGE_DRAIN_DELAY",
+                    self.drain_delay,
+                    "5s",
+                    "a time such as 5s",
+                    duration,
+                ),
+                grace: faults.parse(
+                    "DRAWBRIDGE_DRAIN_GRACE",
+                    self.drain_grace,
+                    "600s",
+                    "a time such as 10m",
+                    duration,
+                ),
             },
-            retention_days: faults.parse("DRAWBRIDGE_RETENTION_DAYS", self.retention_days, "30", "a number of days from 1", |text| {
-                text.parse().ok().filter(|days| *days > 0)
-            }),
+            retention_days: faults.parse(
+                "DRAWBRIDGE_RETENTION_DAYS",
+                self.retention_days,
+                "30",
+                "a number of days from 1",
+                |text| text.parse().ok().filter(|days| *days > 0),
+            ),
             log: Log {
                 filter: self.log.unwrap_or_else(|| "info".into()),
-                format: faults.parse("DRAWBRIDGE_LOG_FORMAT", self.log_format, "text", "text or json", |text| match text {
-                    "text" => Some(LogFormat::Text),
-                    "json" => Some(LogFormat::Json),
-                    _ => None,
-                }),
+                format: faults.parse(
+                    "DRAWBRIDGE_LOG_FORMAT",
+                    self.log_format,
+                    "text",
+                    "text or json",
+                    |text| match text {
+                        "text" => Some(LogFormat::Text),
+                        "json" => Some(LogFormat::Json),
+                        _ => None,
+                    },
+                ),
             },
         };
         faults.none().map(|()| config)
@@ -347,7 +479,11 @@ impl Faults {
     }
 
     fn none(self) -> Result<(), Vec<String>> {
-        if self.0.is_empty() { Ok(()) } else { Err(self.0) }
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(self.0)
+        }
     }
 }
 
@@ -358,7 +494,8 @@ fn address(text: &str) -> Option<SocketAddr> {
 fn url(text: &str) -> Option<String> {
     let parsed: http::Uri = text.parse().ok()?;
     let known = matches!(parsed.scheme_str(), Some("http" | "https"));
-    (known && parsed.authority().is_some() && parsed.query().is_none()).then(|| text.trim_end_matches('/').to_owned())
+    (known && parsed.authority().is_some() && parsed.query().is_none())
+        .then(|| text.trim_end_matches('/').to_owned())
 }
 
 fn duration(text: &str) -> Option<Duration> {
@@ -373,28 +510,48 @@ fn default_data_dir() -> Option<PathBuf> {
 }
 
 fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Sentences about names in `environment` that look like settings but are none, each naming the nearest real one.
 #[must_use]
 pub fn unknown_names(environment: impl Iterator<Item = (String, String)>) -> Vec<String> {
     let names: BTreeSet<String> = environment
-        .filter(|(name, value)| name.starts_with("DRAWBRIDGE_") && !NAMES.contains(&name.as_str()) && !is_service_link(name, value))
+        .filter(|(name, value)| {
+            name.starts_with("DRAWBRIDGE_")
+                && !NAMES.contains(&name.as_str())
+                && !is_service_link(name, value)
+        })
         .map(|(name, _)| name)
         .collect();
-    let nearest = |name: &str| NAMES.into_iter().min_by_key(|known| distance(name, known)).unwrap_or_default();
-    names.iter().map(|name| format!("{name} is not a setting; did you mean {}?", nearest(name))).collect()
+    let nearest = |name: &str| {
+        NAMES
+            .into_iter()
+            .min_by_key(|known| distance(name, known))
+            .unwrap_or_default()
+    };
+    names
+        .iter()
+        .map(|name| format!("{name} is not a setting; did you mean {}?", nearest(name)))
+        .collect()
 }
 
 /// Whether Kubernetes injects such a name for a Service called `drawbridge` or `drawbridge-..`.
 fn is_service_link(name: &str, value: &str) -> bool {
     let port = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let tcp = |suffix: &str| name.rsplit_once("_PORT_").is_some_and(|(_, rest)| rest.strip_suffix(suffix).is_some_and(port));
+    let tcp = |suffix: &str| {
+        name.rsplit_once("_PORT_")
+            .is_some_and(|(_, rest)| rest.strip_suffix(suffix).is_some_and(port))
+    };
     name.ends_with("_SERVICE_HOST")
         || name.contains("_SERVICE_PORT")
         || (name.ends_with("_PORT") && value.starts_with("tcp://"))
-        || ["_TCP", "_TCP_ADDR", "_TCP_PORT", "_TCP_PROTO"].into_iter().any(tcp)
+        || ["_TCP", "_TCP_ADDR", "_TCP_PORT", "_TCP_PROTO"]
+            .into_iter()
+            .any(tcp)
 }
 
 /// Levenshtein distance.
@@ -426,8 +583,11 @@ mod tests {
     #[test]
     fn the_list_of_names_is_complete() {
         let command = Probe::command();
-        let mut names: Vec<_> =
-            command.get_arguments().filter_map(|arg| arg.get_env()).map(|name| name.to_string_lossy().into_owned()).collect();
+        let mut names: Vec<_> = command
+            .get_arguments()
+            .filter_map(|arg| arg.get_env())
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect();
         // Not a setting of the service: the variable that README's client configuration reads the key from.
         names.push("DRAWBRIDGE_KEY".into());
         assert_eq!(names, NAMES);
@@ -453,7 +613,11 @@ mod tests {
         .check()
         .unwrap_err();
         assert_eq!(faults.len(), 4, "{faults:?}");
-        assert!(faults.iter().any(|fault| fault.contains("openssl rand -base64 32")));
+        assert!(
+            faults
+                .iter()
+                .any(|fault| fault.contains("openssl rand -base64 32"))
+        );
         assert!(!faults.concat().contains("hunter2"));
     }
 
@@ -467,7 +631,14 @@ mod tests {
             ("DRAWBRIDGE_PORT_2455_TCP_ADDR", "10.0.0.1"),
             ("DRAWBRIDGE_LOG", "info"),
         ];
-        let warnings = unknown_names(environment.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())));
-        assert_eq!(warnings, ["DRAWBRIDGE_LISTN is not a setting; did you mean DRAWBRIDGE_LISTEN?"]);
+        let warnings = unknown_names(
+            environment
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value.to_owned())),
+        );
+        assert_eq!(
+            warnings,
+            ["DRAWBRIDGE_LISTN is not a setting; did you mean DRAWBRIDGE_LISTEN?"]
+        );
     }
 }

@@ -120,40 +120,135 @@ impl Code {
     ];
 
     fn row(self) -> Row {
-        let row = |status, code, kind, retry_after| Row { status, code, kind, retry_after };
+        let row = |status, code, kind, retry_after| Row {
+            status,
+            code,
+            kind,
+            retry_after,
+        };
         let invalid = "invalid_request_error";
         let server = "server_error";
         match self {
             Self::InvalidRequest => row(StatusCode::BAD_REQUEST, invalid, invalid, None),
             Self::InvalidJson => row(StatusCode::BAD_REQUEST, "invalid_json", invalid, None),
-            Self::InvalidEncoding => row(StatusCode::BAD_REQUEST, "invalid_encoding", invalid, None),
-            Self::UnsupportedInputImage => row(StatusCode::BAD_REQUEST, "unsupported_input_image_format", invalid, None),
-            Self::PreviousResponseNotFound => row(StatusCode::BAD_REQUEST, "previous_response_not_found", invalid, None),
-            Self::InvalidApiKey => row(StatusCode::UNAUTHORIZED, "invalid_api_key", "authentication_error", None),
-            Self::ExpiredApiKey => row(StatusCode::UNAUTHORIZED, "expired_api_key", "authentication_error", None),
-            Self::ModelNotAllowed => row(StatusCode::FORBIDDEN, "model_not_allowed", "permission_error", None),
+            Self::InvalidEncoding => {
+                row(StatusCode::BAD_REQUEST, "invalid_encoding", invalid, None)
+            }
+            Self::UnsupportedInputImage => row(
+                StatusCode::BAD_REQUEST,
+                "unsupported_input_image_format",
+                invalid,
+                None,
+            ),
+            Self::PreviousResponseNotFound => row(
+                StatusCode::BAD_REQUEST,
+                "previous_response_not_found",
+                invalid,
+                None,
+            ),
+            Self::InvalidApiKey => row(
+                StatusCode::UNAUTHORIZED,
+                "invalid_api_key",
+                "authentication_error",
+                None,
+            ),
+            Self::ExpiredApiKey => row(
+                StatusCode::UNAUTHORIZED,
+                "expired_api_key",
+                "authentication_error",
+                None,
+            ),
+            Self::ModelNotAllowed => row(
+                StatusCode::FORBIDDEN,
+                "model_not_allowed",
+                "permission_error",
+                None,
+            ),
             Self::ModelNotFound => row(StatusCode::NOT_FOUND, "model_not_found", invalid, None),
             Self::NotFound => row(StatusCode::NOT_FOUND, "not_found", invalid, None),
-            Self::MethodNotAllowed => row(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", invalid, None),
-            Self::PayloadTooLarge => row(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", invalid, None),
-            Self::UpgradeRequired => row(StatusCode::UPGRADE_REQUIRED, "upgrade_required", invalid, None),
-            Self::UsageLimitReached => row(StatusCode::TOO_MANY_REQUESTS, "usage_limit_reached", "usage_limit_reached", None),
-            Self::Overloaded => row(StatusCode::TOO_MANY_REQUESTS, "proxy_overloaded", "rate_limit_error", Some(5)),
-            Self::ResponseInProgress => row(StatusCode::CONFLICT, "response_in_progress", invalid, None),
-            Self::NoAccounts => row(StatusCode::SERVICE_UNAVAILABLE, "no_accounts", server, Some(30)),
+            Self::MethodNotAllowed => row(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                invalid,
+                None,
+            ),
+            Self::PayloadTooLarge => row(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "payload_too_large",
+                invalid,
+                None,
+            ),
+            Self::UpgradeRequired => row(
+                StatusCode::UPGRADE_REQUIRED,
+                "upgrade_required",
+                invalid,
+                None,
+            ),
+            Self::UsageLimitReached => row(
+                StatusCode::TOO_MANY_REQUESTS,
+                "usage_limit_reached",
+                "usage_limit_reached",
+                None,
+            ),
+            Self::Overloaded => row(
+                StatusCode::TOO_MANY_REQUESTS,
+                "proxy_overloaded",
+                "rate_limit_error",
+                Some(5),
+            ),
+            Self::ResponseInProgress => {
+                row(StatusCode::CONFLICT, "response_in_progress", invalid, None)
+            }
+            Self::NoAccounts => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "no_accounts",
+                server,
+                Some(30),
+            ),
             Self::Draining => row(StatusCode::SERVICE_UNAVAILABLE, "draining", server, Some(1)),
-            Self::ContinuityUnavailable => {
-                row(StatusCode::SERVICE_UNAVAILABLE, "continuity_unavailable", server, Some(2))
-            }
+            Self::ContinuityUnavailable => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "continuity_unavailable",
+                server,
+                Some(2),
+            ),
             Self::UpstreamError => row(StatusCode::BAD_GATEWAY, "upstream_error", server, None),
-            Self::UpstreamUnavailable => row(StatusCode::BAD_GATEWAY, "upstream_unavailable", server, None),
-            Self::UpstreamTimeout => row(StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", server, None),
-            Self::UpstreamPrematureClose => {
-                row(StatusCode::GATEWAY_TIMEOUT, "upstream_premature_close", server, None)
-            }
-            Self::StreamEventTooLarge => row(StatusCode::BAD_GATEWAY, "stream_event_too_large", server, None),
-            Self::SlowConsumer => row(StatusCode::SERVICE_UNAVAILABLE, "slow_consumer", server, None),
-            Self::Cancelled => row(StatusCode::SERVICE_UNAVAILABLE, "cancelled", server, Some(1)),
+            Self::UpstreamUnavailable => row(
+                StatusCode::BAD_GATEWAY,
+                "upstream_unavailable",
+                server,
+                None,
+            ),
+            Self::UpstreamTimeout => row(
+                StatusCode::GATEWAY_TIMEOUT,
+                "upstream_timeout",
+                server,
+                None,
+            ),
+            Self::UpstreamPrematureClose => row(
+                StatusCode::GATEWAY_TIMEOUT,
+                "upstream_premature_close",
+                server,
+                None,
+            ),
+            Self::StreamEventTooLarge => row(
+                StatusCode::BAD_GATEWAY,
+                "stream_event_too_large",
+                server,
+                None,
+            ),
+            Self::SlowConsumer => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "slow_consumer",
+                server,
+                None,
+            ),
+            Self::Cancelled => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "cancelled",
+                server,
+                Some(1),
+            ),
         }
     }
 
@@ -279,7 +374,14 @@ impl ApiError {
         if let Some(after) = self.retry_after {
             headers.insert(header::RETRY_AFTER, seconds(after));
         }
-        error_frame(self.status.as_u16(), &ErrorObject { retry_after: None, ..self.object() }, &headers)
+        error_frame(
+            self.status.as_u16(),
+            &ErrorObject {
+                retry_after: None,
+                ..self.object()
+            },
+            &headers,
+        )
     }
 }
 
@@ -297,12 +399,15 @@ impl From<Failure> for ApiError {
             _ => Code::UpstreamError,
         };
         let ours = Self::new(code, failure.message);
-        let said = failure.status.and_then(|status| StatusCode::from_u16(status).ok());
+        let said = failure
+            .status
+            .and_then(|status| StatusCode::from_u16(status).ok());
         match (failure.class, said) {
             // An account's credential is no business of the client.
-            (Class::Auth | Class::ReauthRequired | Class::Deactivated, _) => {
-                Self { message: "No account of the pool is signed in upstream at the moment.".into(), ..ours }
-            }
+            (Class::Auth | Class::ReauthRequired | Class::Deactivated, _) => Self {
+                message: "No account of the pool is signed in upstream at the moment.".into(),
+                ..ours
+            },
             (Class::PreviousResponseNotFound, _) => ours,
             (_, None) if failure.code.is_none() => ours,
             (class, said) => {
@@ -319,7 +424,10 @@ impl From<Failure> for ApiError {
                     param: failure.param,
                     plan_type: failure.plan_type,
                     resets_at: failure.resets_at,
-                    retry_after: failure.retry_after.map(|wait| wait.min(Duration::from_secs(300))).or(ours.retry_after),
+                    retry_after: failure
+                        .retry_after
+                        .map(|wait| wait.min(Duration::from_secs(300)))
+                        .or(ours.retry_after),
                     body: failure.body,
                     ..ours
                 }
@@ -352,20 +460,28 @@ impl From<Stop> for ApiError {
 
 impl From<Invalid> for ApiError {
     fn from(invalid: Invalid) -> Self {
-        Self::new(Code::InvalidRequest, invalid.message).code(invalid.code).param(invalid.param)
+        Self::new(Code::InvalidRequest, invalid.message)
+            .code(invalid.code)
+            .param(invalid.param)
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body = self.body.clone().unwrap_or_else(|| {
-            let object = ErrorObject { retry_after: None, ..self.object() };
+            let object = ErrorObject {
+                retry_after: None,
+                ..self.object()
+            };
             serde_json::json!({ "error": object }).to_string().into()
         });
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         if let Some(after) = self.retry_after {
             headers.insert(header::RETRY_AFTER, seconds(after));
         }
@@ -396,7 +512,10 @@ mod tests {
         let codes: HashSet<_> = Code::ALL.iter().map(|code| code.as_str()).collect();
         assert_eq!(codes.len(), Code::ALL.len());
         for code in Code::ALL {
-            assert!(code.status().is_client_error() || code.status().is_server_error(), "{code}");
+            assert!(
+                code.status().is_client_error() || code.status().is_server_error(),
+                "{code}"
+            );
             assert_ne!(code.status(), StatusCode::INTERNAL_SERVER_ERROR, "{code}");
         }
     }
@@ -420,14 +539,35 @@ mod tests {
         let now = 1_800_000_000;
         let failure = |status, body: &'static str| {
             let status = StatusCode::from_u16(status).unwrap();
-            Failure::from_http(status, &HeaderMap::new(), &Bytes::from_static(body.as_bytes()), now)
+            Failure::from_http(
+                status,
+                &HeaderMap::new(),
+                &Bytes::from_static(body.as_bytes()),
+                now,
+            )
         };
-        let error = ApiError::from(failure(400, r#"{"error":{"message":"no","code":"context_length_exceeded"}}"#));
-        assert_eq!((error.status().as_u16(), error.code_str()), (400, "context_length_exceeded"));
+        let error = ApiError::from(failure(
+            400,
+            r#"{"error":{"message":"no","code":"context_length_exceeded"}}"#,
+        ));
+        assert_eq!(
+            (error.status().as_u16(), error.code_str()),
+            (400, "context_length_exceeded")
+        );
         assert_eq!(ApiError::from(failure(500, "")).status(), 502);
-        let error = ApiError::from(failure(401, r#"{"error":{"message":"Your session has ended","code":"token_expired"}}"#));
-        assert_eq!((error.status().as_u16(), error.code_str()), (503, "no_accounts"));
-        assert!(!String::from_utf8(error.frame().to_vec()).unwrap().contains("session"));
+        let error = ApiError::from(failure(
+            401,
+            r#"{"error":{"message":"Your session has ended","code":"token_expired"}}"#,
+        ));
+        assert_eq!(
+            (error.status().as_u16(), error.code_str()),
+            (503, "no_accounts")
+        );
+        assert!(
+            !String::from_utf8(error.frame().to_vec())
+                .unwrap()
+                .contains("session")
+        );
         assert_eq!(ApiError::from(Failure::truncated(now)).status(), 504);
     }
 }

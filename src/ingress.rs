@@ -74,15 +74,27 @@ pub fn router(state: Arc<State>) -> Router {
         .route("/models", get(documents::models_codex));
     let openai = Router::new()
         .route("/responses", post(responses::openai).get(websocket::openai))
-        .route("/responses/", post(responses::openai).get(websocket::openai))
+        .route(
+            "/responses/",
+            post(responses::openai).get(websocket::openai),
+        )
         .route("/responses/compact", post(responses::compact_openai))
         .route("/models", get(documents::models_openai));
-    let mut router = Router::new().nest(CODEX, codex.clone()).nest("/backend-api/codex/v1", codex).nest("/v1", openai);
+    let mut router = Router::new()
+        .nest(CODEX, codex.clone())
+        .nest("/backend-api/codex/v1", codex)
+        .nest("/v1", openai);
     for base in ["/backend-api/wham", "/api/codex"] {
         router = router
             .route(&format!("{base}/usage"), get(documents::usage))
-            .route(&format!("{base}/accounts/check"), get(documents::accounts_check))
-            .route(&format!("{base}/settings/user"), get(documents::settings_user));
+            .route(
+                &format!("{base}/accounts/check"),
+                get(documents::accounts_check),
+            )
+            .route(
+                &format!("{base}/settings/user"),
+                get(documents::settings_user),
+            );
     }
     router
         .fallback(not_found)
@@ -95,7 +107,11 @@ pub fn router(state: Arc<State>) -> Router {
 /// Gives every answer an `x-request-id`: the caller's, or a new one.
 async fn identify(mut request: Request, next: Next) -> Response {
     let own = || HeaderValue::from_str(&Uuid::now_v7().to_string()).expect("a UUID is ASCII");
-    let given = request.headers().get("x-request-id").filter(|id| id.len() <= 128).cloned();
+    let given = request
+        .headers()
+        .get("x-request-id")
+        .filter(|id| id.len() <= 128)
+        .cloned();
     let id = given.unwrap_or_else(own);
     request.headers_mut().insert("x-request-id", id.clone());
     let mut response = next.run(request).await;
@@ -106,7 +122,12 @@ async fn identify(mut request: Request, next: Next) -> Response {
 /// A fast 404. A client with a wrong base URL is told the right ones.
 async fn not_found(uri: Uri) -> Response {
     let path = uri.path();
-    let known = ["/responses", "/models", "/chat/completions", "/responses/compact"];
+    let known = [
+        "/responses",
+        "/models",
+        "/chat/completions",
+        "/responses/compact",
+    ];
     let message = if known.iter().any(|tail| path.ends_with(tail)) {
         format!(
             "There is nothing at this path. Use the base URL http://HOST:PORT{CODEX} for Codex, or http://HOST:PORT/v1 for OpenAI clients."

@@ -14,14 +14,22 @@ const MENDED: Duration = Duration::from_secs(24 * 3600);
 const MODELS: Duration = Duration::from_secs(3600);
 
 /// Starts every job.
-pub fn start(tasks: &Tasks, ledger: &Ledger, sticky: &Sticky, upstream: &Upstream, retention_days: u16) {
+pub fn start(
+    tasks: &Tasks,
+    ledger: &Ledger,
+    sticky: &Sticky,
+    upstream: &Upstream,
+    retention_days: u16,
+) {
     let swept = ledger.clone();
     tasks.periodic("sweep", SWEEP, move || {
         let ledger = swept.clone();
         async move {
             match ledger.sweep().await {
                 Ok(0) => {}
-                Ok(turns) => tracing::warn!(turns, "turns that nobody finished were booked as lost"),
+                Ok(turns) => {
+                    tracing::warn!(turns, "turns that nobody finished were booked as lost")
+                }
                 Err(error) => tracing::warn!(%error, "cannot look for lost turns"),
             }
         }

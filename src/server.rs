@@ -19,8 +19,7 @@ use crate::{
     bus::Bus,
     config::{Config, Drain},
     db::{Db, Installation},
-    ingress,
-    jobs,
+    ingress, jobs,
     ledger::Ledger,
     quota::Quota,
     replica::{Replica, Timing},
@@ -48,7 +47,12 @@ pub(crate) struct Phase {
 ///
 /// # Errors
 /// If it cannot start.
-pub async fn run(config: Config, db: Db, ring: KeyRing, installation: Installation) -> anyhow::Result<bool> {
+pub async fn run(
+    config: Config,
+    db: Db,
+    ring: KeyRing,
+    installation: Installation,
+) -> anyhow::Result<bool> {
     let signals = signals()?;
     let client = bind("DRAWBRIDGE_LISTEN", config.listen).await?;
     let admin = bind("DRAWBRIDGE_ADMIN_LISTEN", config.admin_listen).await?;
@@ -98,7 +102,8 @@ impl Server {
         let quota = Quota::load(&db, &bus, &tasks).await?;
         let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
         let ledger = Ledger::new(db.clone(), replica.boot(), &tasks);
-        let upstream = Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
+        let upstream =
+            Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
         let engine = turn::Engine::new(
             upstream.clone(),
             accounts.clone(),
@@ -122,10 +127,33 @@ impl Server {
             closing: phase.closing.clone(),
         });
         let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
-        tasks.essential("clients", connection::accept(client, router, phase.clone(), tasks.clone()));
-        tasks.essential("admin", connection::accept(admin, health::admin_router(phase.clone(), db.clone()), phase.clone(), tasks.clone()));
+        tasks.essential(
+            "clients",
+            connection::accept(client, router, phase.clone(), tasks.clone()),
+        );
+        tasks.essential(
+            "admin",
+            connection::accept(
+                admin,
+                health::admin_router(phase.clone(), db.clone()),
+                phase.clone(),
+                tasks.clone(),
+            ),
+        );
         phase.ready.cancel();
-        Ok(Self { address, admin_address, tasks, phase, engine, replica, ledger, quota, keys, accounts, db })
+        Ok(Self {
+            address,
+            admin_address,
+            tasks,
+            phase,
+            engine,
+            replica,
+            ledger,
+            quota,
+            keys,
+            accounts,
+            db,
+        })
     }
 
     /// Serves until `stop` ends, then drains. True if everything that ran could end by itself.
@@ -156,7 +184,10 @@ impl Server {
         self.phase.closing.cancel();
         let clean = self.engine.idle(drain.grace).await;
         if !clean {
-            tracing::warn!(turns = self.engine.running(), "the grace is over: running turns are cancelled");
+            tracing::warn!(
+                turns = self.engine.running(),
+                "the grace is over: running turns are cancelled"
+            );
         }
         self.end().await && clean && !self.tasks.failed()
     }
@@ -210,18 +241,27 @@ impl Signals {
 
 fn signals() -> anyhow::Result<Signals> {
     let listen = |kind| tokio::signal::unix::signal(kind).context("cannot listen for signals");
-    Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    Ok(Signals {
+        terminate: listen(SignalKind::terminate())?,
+        interrupt: listen(SignalKind::interrupt())?,
+    })
 }
 
 async fn bind(name: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("{name}: cannot listen on {address}"))
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("{name}: cannot listen on {address}"))
 }
 
 /// Tells a person at a terminal what to do next.
 async fn welcome(server: &Server, config: &Config) {
     let address = server.address;
     tracing::info!(%address, admin = %server.admin_address, replica = config.replica_name, "ready");
-    let accounts = server.accounts.list().await.map_or(0, |accounts| accounts.len());
+    let accounts = server
+        .accounts
+        .list()
+        .await
+        .map_or(0, |accounts| accounts.len());
     let keyless = !server.keys.any_created() && address.ip().is_loopback();
     let mut steps = Vec::new();
     if accounts == 0 {
@@ -231,7 +271,10 @@ async fn welcome(server: &Server, config: &Config) {
         );
     }
     if keyless {
-        steps.push("create a key (needed from other machines):  drawbridge keys create --name laptop".to_owned());
+        steps.push(
+            "create a key (needed from other machines):  drawbridge keys create --name laptop"
+                .to_owned(),
+        );
     }
     if !steps.is_empty() {
         steps.push(format!(

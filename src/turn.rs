@@ -126,7 +126,10 @@ pub struct Ask {
 
 impl Ask {
     fn record(&self) -> ledger::Request {
-        let user_agent = self.headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
+        let user_agent = self
+            .headers
+            .get(header::USER_AGENT)
+            .and_then(|agent| agent.to_str().ok());
         ledger::Request {
             id: self.id,
             scope: self.caller.scope(),

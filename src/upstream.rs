@@ -10,8 +10,8 @@ pub mod websocket;
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::Context as _;
 use ::http::{HeaderMap, HeaderValue, header};
+use anyhow::Context as _;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
@@ -28,6 +28,7 @@ use crate::{
     bus::Bus,
     config,
     db::{Clock, Db},
+    ids::AccountId,
     quota::Quota,
     routing::View,
     task::Tasks,
@@ -46,6 +47,9 @@ pub mod deadline {
     /// Between two events.
     pub const IDLE: Duration = Duration::from_secs(300);
 }
+
+/// The longest that the view lags behind what this replica has learnt.
+const VIEW_LAG: Duration = Duration::from_millis(100);
 
 /// The way out. Cheap to clone.
 #[derive(Clone)]
@@ -75,7 +79,14 @@ impl Upstream {
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let client = client(config)?;
-        let credentials = Credentials::new(accounts.clone(), client.clone(), &config.auth_url, db.clock().clone(), bus, tasks);
+        let credentials = Credentials::new(
+            accounts.clone(),
+            client.clone(),
+            &config.auth_url,
+            db.clock().clone(),
+            bus,
+            tasks,
+        );
         let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
@@ -95,6 +106,21 @@ impl Upstream {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
+    pub async fn shows_block(&self, account: AccountId) {
+        let now = self.now();
+        let mut view = self.view.clone();
+        let blocked = view.wait_for(|view| {
+            let account = view
+                .accounts
+                .iter()
+                .find(|candidate| candidate.id == account);
+            account.is_none_or(|account| account.blocks.iter().any(|block| block.until > now))
+        });
+        // A block that has passed already is never shown.
+        drop(tokio::time::timeout(VIEW_LAG, blocked).await);
     }
 
     /// Tokens that upstream takes.
@@ -126,14 +152,17 @@ fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
     if let Some(path) = &config.ca_file {
         let read = || format!("DRAWBRIDGE_CA_FILE: cannot read {}", path.display());
         for certificate in CertificateDer::pem_file_iter(path).with_context(read)? {
-            roots.add(certificate.with_context(read)?).with_context(read)?;
+            roots
+                .add(certificate.with_context(read)?)
+                .with_context(read)?;
         }
     }
-    let tls = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .context("TLS versions")?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let tls =
+        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .context("TLS versions")?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         .http1_only()
@@ -153,7 +182,11 @@ fn authorize(headers: &mut HeaderMap, credential: &Credential) {
         .unwrap_or_else(|_| HeaderValue::from_static("Bearer"));
     bearer.set_sensitive(true);
     headers.insert(header::AUTHORIZATION, bearer);
-    if let Some(id) = credential.chatgpt_account_id.as_deref().and_then(|id| HeaderValue::from_str(id).ok()) {
+    if let Some(id) = credential
+        .chatgpt_account_id
+        .as_deref()
+        .and_then(|id| HeaderValue::from_str(id).ok())
+    {
         headers.insert("chatgpt-account-id", id);
     }
 }

@@ -10,7 +10,7 @@ use crate::api_key::{self, Created, Expiry, Grants, Listed, NewKey};
 
 /// What to do with keys.
 #[derive(Debug, Subcommand)]
-pub enum KeysCommand {
+pub(super) enum KeysCommand {
     /// Make a key and show it, once
     Create {
         /// For people; need not be unique
@@ -47,7 +47,7 @@ pub enum KeysCommand {
 ///
 /// # Errors
 /// Of the database, or if no key or several keys are meant.
-pub async fn run(command: KeysCommand, context: &Context) -> anyhow::Result<()> {
+pub(super) async fn run(command: KeysCommand, context: &Context) -> anyhow::Result<()> {
     let Context {
         db, installation, ..
     } = context;

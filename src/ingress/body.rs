@@ -22,21 +22,36 @@ const STEP: usize = 64 << 10;
 ///
 /// # Errors
 /// 413 over the limit, 400 for an encoding we do not read or that is damaged, 429 over the budget.
-pub(super) async fn read(headers: &HeaderMap, body: Body, budget: &Budget) -> Result<(Bytes, Held), ApiError> {
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+pub(super) async fn read(
+    headers: &HeaderMap,
+    body: Body,
+    budget: &Budget,
+) -> Result<(Bytes, Held), ApiError> {
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > LIMIT) {
         return Err(too_large());
     }
-    let encoding = headers.get(header::CONTENT_ENCODING).map(|encoding| encoding.to_str().unwrap_or("?").trim().to_ascii_lowercase());
+    let encoding = headers
+        .get(header::CONTENT_ENCODING)
+        .map(|encoding| encoding.to_str().unwrap_or("?").trim().to_ascii_lowercase());
     match encoding.as_deref() {
         None | Some("" | "identity") => plain(body, announced, budget).await,
         Some("zstd") => decoded(ZstdDecoder::new(reader(body)), budget).await,
         Some("gzip" | "x-gzip") => decoded(GzipDecoder::new(reader(body)), budget).await,
-        Some(_) => Err(ApiError::new(Code::InvalidEncoding, "Content-Encoding must be zstd, gzip or identity.")),
+        Some(_) => Err(ApiError::new(
+            Code::InvalidEncoding,
+            "Content-Encoding must be zstd, gzip or identity.",
+        )),
     }
 }
 
-async fn plain(body: Body, announced: Option<usize>, budget: &Budget) -> Result<(Bytes, Held), ApiError> {
+async fn plain(
+    body: Body,
+    announced: Option<usize>,
+    budget: &Budget,
+) -> Result<(Bytes, Held), ApiError> {
     let mut chunks = body.into_data_stream();
     // Room for what was announced is taken at once; without a length it is taken as it grows.
     let mut held = take(budget, announced.unwrap_or(0))?;
@@ -63,11 +78,18 @@ async fn plain(body: Body, announced: Option<usize>, budget: &Budget) -> Result<
             rest.extend_from_slice(&chunk);
         }
     }
-    let body = if rest.is_empty() { first } else { rest.freeze() };
+    let body = if rest.is_empty() {
+        first
+    } else {
+        rest.freeze()
+    };
     Ok((body, held))
 }
 
-async fn decoded(decoder: impl AsyncRead + Unpin, budget: &Budget) -> Result<(Bytes, Held), ApiError> {
+async fn decoded(
+    decoder: impl AsyncRead + Unpin,
+    budget: &Budget,
+) -> Result<(Bytes, Held), ApiError> {
     let mut decoder = decoder.take(LIMIT as u64 + 1);
     let mut held = Held::default();
     let mut room = 0;
@@ -84,7 +106,10 @@ async fn decoded(decoder: impl AsyncRead + Unpin, budget: &Budget) -> Result<(By
             Ok(_) if body.len() > LIMIT => return Err(too_large()),
             Ok(_) => {}
             Err(_) => {
-                return Err(ApiError::new(Code::InvalidEncoding, "The body is not what its Content-Encoding says, or was cut short."));
+                return Err(ApiError::new(
+                    Code::InvalidEncoding,
+                    "The body is not what its Content-Encoding says, or was cut short.",
+                ));
             }
         }
         room = room.max(body.len());
@@ -92,22 +117,39 @@ async fn decoded(decoder: impl AsyncRead + Unpin, budget: &Budget) -> Result<(By
     Ok((body.freeze(), held))
 }
 
-fn reader(body: Body) -> StreamReader<impl futures_util::Stream<Item = Result<Bytes, std::io::Error>> + Unpin, Bytes> {
+fn reader(
+    body: Body,
+) -> StreamReader<impl futures_util::Stream<Item = Result<Bytes, std::io::Error>> + Unpin, Bytes> {
     let mut wire = 0usize;
-    let bounded = body.into_data_stream().map_err(std::io::Error::other).and_then(move |chunk| {
-        wire += chunk.len();
-        std::future::ready(if wire > LIMIT { Err(std::io::Error::other("too large")) } else { Ok(chunk) })
-    });
+    let bounded = body
+        .into_data_stream()
+        .map_err(std::io::Error::other)
+        .and_then(move |chunk| {
+            wire += chunk.len();
+            std::future::ready(if wire > LIMIT {
+                Err(std::io::Error::other("too large"))
+            } else {
+                Ok(chunk)
+            })
+        });
     StreamReader::new(Box::pin(bounded))
 }
 
 fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
-    let full = || ApiError::new(Code::Overloaded, "This replica is holding as many request bodies as it may; try again shortly.");
+    let full = || {
+        ApiError::new(
+            Code::Overloaded,
+            "This replica is holding as many request bodies as it may; try again shortly.",
+        )
+    };
     budget.take(bytes).ok_or_else(full)
 }
 
 fn too_large() -> ApiError {
-    ApiError::new(Code::PayloadTooLarge, format!("The request body is larger than {} MiB.", LIMIT >> 20))
+    ApiError::new(
+        Code::PayloadTooLarge,
+        format!("The request body is larger than {} MiB.", LIMIT >> 20),
+    )
 }
 
 fn cut() -> ApiError {
@@ -126,8 +168,14 @@ mod tests {
             headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding));
         }
         let budget = Budget::default();
-        let result = read(&headers, Body::from(body), &budget).await.map(|(body, _held)| body);
-        assert_eq!(budget.free(), Budget::default().free(), "everything taken is given back");
+        let result = read(&headers, Body::from(body), &budget)
+            .await
+            .map(|(body, _held)| body);
+        assert_eq!(
+            budget.free(),
+            Budget::default().free(),
+            "everything taken is given back"
+        );
         result
     }
 
@@ -135,14 +183,22 @@ mod tests {
     async fn bodies_are_decoded() {
         let text = b"hello ".repeat(100_000);
         assert_eq!(send(None, text.clone()).await.unwrap(), text);
-        assert_eq!(send(Some("zstd"), zstd::encode_all(text.as_slice(), 1).unwrap()).await.unwrap(), text);
+        assert_eq!(
+            send(Some("zstd"), zstd::encode_all(text.as_slice(), 1).unwrap())
+                .await
+                .unwrap(),
+            text
+        );
     }
 
     #[tokio::test]
     async fn a_bomb_is_refused_without_being_held() {
         let bomb = zstd::encode_all(std::io::repeat(0).take(200 << 20), 1).unwrap();
         assert!(bomb.len() < 1 << 20);
-        assert_eq!(send(Some("zstd"), bomb).await.unwrap_err().code_str(), "payload_too_large");
+        assert_eq!(
+            send(Some("zstd"), bomb).await.unwrap_err().code_str(),
+            "payload_too_large"
+        );
     }
 
     #[tokio::test]
@@ -154,7 +210,11 @@ mod tests {
             ("gzip", good.clone()),
             ("br", good.clone()),
         ] {
-            assert_eq!(send(Some(encoding), body).await.unwrap_err().code_str(), "invalid_encoding", "{encoding}");
+            assert_eq!(
+                send(Some(encoding), body).await.unwrap_err().code_str(),
+                "invalid_encoding",
+                "{encoding}"
+            );
         }
     }
 
@@ -162,7 +222,9 @@ mod tests {
     async fn a_full_replica_says_so() {
         let budget = Budget::default();
         let _all = budget.take(budget.free()).unwrap();
-        let error = read(&HeaderMap::new(), Body::from("x"), &budget).await.unwrap_err();
+        let error = read(&HeaderMap::new(), Body::from("x"), &budget)
+            .await
+            .unwrap_err();
         assert_eq!(error.status(), 429);
     }
 

@@ -18,18 +18,34 @@ type Shared = extract::State<Arc<State>>;
 type Parameters = Query<BTreeMap<String, String>>;
 
 /// `GET /backend-api/codex/models`.
-pub(super) async fn models_codex(state: Shared, peer: Extension<Peer>, headers: HeaderMap) -> Response {
+pub(super) async fn models_codex(
+    state: Shared,
+    peer: Extension<Peer>,
+    headers: HeaderMap,
+) -> Response {
     models(state, peer, headers, true).await
 }
 
 /// `GET /v1/models`; in the Codex shape for a client that says its version.
-pub(super) async fn models_openai(state: Shared, peer: Extension<Peer>, Query(query): Parameters, headers: HeaderMap) -> Response {
-    let codex = query.get("client_version").is_some_and(|version| !version.is_empty());
+pub(super) async fn models_openai(
+    state: Shared,
+    peer: Extension<Peer>,
+    Query(query): Parameters,
+    headers: HeaderMap,
+) -> Response {
+    let codex = query
+        .get("client_version")
+        .is_some_and(|version| !version.is_empty());
     models(state, peer, headers, codex).await
 }
 
 /// The union of the catalogues of the caller's accounts. Never an error of ours and never slow: it is read from memory.
-async fn models(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap, codex: bool) -> Response {
+async fn models(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    codex: bool,
+) -> Response {
     let caller = match gate::authenticate(&state, peer, &headers).await {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
@@ -38,7 +54,11 @@ async fn models(extract::State(state): Shared, Extension(peer): Extension<Peer>,
         .upstream
         .models(caller.accounts())
         .into_iter()
-        .filter(|entry| entry["slug"].as_str().is_some_and(|slug| caller.may_use(slug)))
+        .filter(|entry| {
+            entry["slug"]
+                .as_str()
+                .is_some_and(|slug| caller.may_use(slug))
+        })
         .collect();
     let list: Vec<Value> = entries
         .iter()
@@ -56,19 +76,33 @@ async fn models(extract::State(state): Shared, Extension(peer): Extension<Peer>,
 /// A document with a strong ETag and the pool's limits.
 fn document(state: &State, caller: &Caller, headers: &HeaderMap, body: Bytes) -> Response {
     let digest = secret::digest(&[&body]);
-    let hex: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     let etag = HeaderValue::from_str(&format!("\"{hex}\"")).expect("hexadecimal is ASCII");
     let unchanged = headers.get(header::IF_NONE_MATCH) == Some(&etag);
-    let mut response = if unchanged { StatusCode::NOT_MODIFIED.into_response() } else { body.into_response() };
+    let mut response = if unchanged {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        body.into_response()
+    };
     let out = response.headers_mut();
     out.insert(header::ETAG, etag);
-    out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    out.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     out.extend(responses::limits(state, caller));
     response
 }
 
 /// `GET .../usage`: the pool's windows as one account's.
-pub(super) async fn usage(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap) -> Response {
+pub(super) async fn usage(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+) -> Response {
     let caller = match gate::authenticate(&state, peer, &headers).await {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
@@ -80,7 +114,10 @@ pub(super) async fn usage(extract::State(state): Shared, Extension(peer): Extens
 
 /// `GET .../accounts/check`: says back who the caller says it is, and that it may stay where it is. No key: nothing is revealed.
 pub(super) async fn accounts_check(headers: HeaderMap) -> Response {
-    let id = headers.get("chatgpt-account-id").and_then(|id| id.to_str().ok()).unwrap_or("drawbridge");
+    let id = headers
+        .get("chatgpt-account-id")
+        .and_then(|id| id.to_str().ok())
+        .unwrap_or("drawbridge");
     Json(json!({
         "accounts": [{
             "id": id,

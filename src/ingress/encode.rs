@@ -49,17 +49,31 @@ pub(super) struct EventStream {
 /// How events are written.
 enum Form {
     /// As the Codex backend sends them. What a failure in mid-stream needs is remembered.
-    Raw { response_id: Option<String>, sequence: i64 },
+    Raw {
+        response_id: Option<String>,
+        sequence: i64,
+    },
     /// As the OpenAI SDKs rely on.
     Contract(Box<Contract>),
 }
 
 impl EventStream {
     /// Streams `items`, of which `first` was taken already.
-    pub(super) fn new(dialect: Dialect, first: Option<Event>, items: Receiver<Item>, request_id: &str, now: i64) -> Self {
+    pub(super) fn new(
+        dialect: Dialect,
+        first: Option<Event>,
+        items: Receiver<Item>,
+        request_id: &str,
+        now: i64,
+    ) -> Self {
         let form = match dialect {
-            Dialect::Codex => Form::Raw { response_id: None, sequence: -1 },
-            Dialect::OpenAi => Form::Contract(Box::new(Contract::new(format!("resp_{request_id}"), now))),
+            Dialect::Codex => Form::Raw {
+                response_id: None,
+                sequence: -1,
+            },
+            Dialect::OpenAi => {
+                Form::Contract(Box::new(Contract::new(format!("resp_{request_id}"), now)))
+            }
         };
         let mut stream = Self {
             items,
@@ -78,16 +92,21 @@ impl EventStream {
 
     fn write(&mut self, event: Event) {
         match &mut self.form {
-            Form::Raw { response_id, sequence } => {
+            Form::Raw {
+                response_id,
+                sequence,
+            } => {
                 if event.kind() == Kind::Created {
-                    *response_id = Created::parse(&event.data()).and_then(|created| created.response_id);
+                    *response_id =
+                        Created::parse(&event.data()).and_then(|created| created.response_id);
                 }
                 *sequence = event::sequence_number(&event.data()).unwrap_or(*sequence);
                 self.due.push_back(event.into_sse());
             }
             Form::Contract(contract) => {
                 let verdict = contract.push(event.kind(), &event.data());
-                self.due.extend(verdict.before.iter().map(|made| made.frame()));
+                self.due
+                    .extend(verdict.before.iter().map(|made| made.frame()));
                 match verdict.event {
                     Relay::Pass => self.due.push_back(event.into_sse()),
                     Relay::Replace(made) => self.due.push_back(made.frame()),
@@ -104,7 +123,10 @@ impl EventStream {
             return self.write(event);
         }
         match &mut self.form {
-            Form::Raw { response_id, sequence } => {
+            Form::Raw {
+                response_id,
+                sequence,
+            } => {
                 let id = response_id.as_deref().unwrap_or("resp_unknown");
                 let json = failed_event(id, None, *sequence + 1, self.created_at, &error.object());
                 self.due.push_back(sse::encode("response.failed", &json));
@@ -197,14 +219,21 @@ pub(super) fn explain(stop: Stop) -> (ApiError, Option<Event>) {
             let error = ApiError::from(failure);
             // A limit or an account's trouble is told in our words: they are the pool's.
             let pools = matches!(error.code_str(), "no_accounts" | "usage_limit_reached");
-            (error, event.filter(|event| event.kind() == Kind::Failed && !pools))
+            (
+                error,
+                event.filter(|event| event.kind() == Kind::Failed && !pools),
+            )
         }
         stop => (stop.into(), None),
     }
 }
 
 /// Collects a turn into the one object of a request that does not stream.
-pub(super) async fn collect(first: Option<Event>, mut items: Receiver<Item>, now: i64) -> Result<Bytes, ApiError> {
+pub(super) async fn collect(
+    first: Option<Event>,
+    mut items: Receiver<Item>,
+    now: i64,
+) -> Result<Bytes, ApiError> {
     let mut collector = Collector::new();
     if let Some(event) = first {
         collector.push(event.kind(), &event.data());
@@ -220,6 +249,9 @@ pub(super) async fn collect(first: Option<Event>, mut items: Receiver<Item>, now
     collector.finish().map_err(|error| match error {
         CollectError::Failed(error) => Failure::from_event(&error, now).into(),
         CollectError::Truncated => Failure::truncated(now).into(),
-        CollectError::InvalidJson => ApiError::new(Code::UpstreamError, "Upstream sent an event that is not JSON."),
+        CollectError::InvalidJson => ApiError::new(
+            Code::UpstreamError,
+            "Upstream sent an event that is not JSON.",
+        ),
     })
 }

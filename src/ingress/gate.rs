@@ -41,12 +41,19 @@ impl Gate {
     /// The rule on a listener.
     #[must_use]
     pub fn new(rule: KeyRule, listen: SocketAddr) -> Self {
-        Self { rule, loopback: listen.ip().is_loopback() }
+        Self {
+            rule,
+            loopback: listen.ip().is_loopback(),
+        }
     }
 
     /// Why a request without a key is not let in; `None` if it is. `any_key` = whether a key was ever created.
     fn refusal(self, peer: Peer, headers: &HeaderMap, any_key: bool) -> Option<&'static str> {
-        let forwarded = || headers.keys().any(|name| BETWEEN.contains(name) || name.as_str().starts_with("x-forwarded-"));
+        let forwarded = || {
+            headers
+                .keys()
+                .any(|name| BETWEEN.contains(name) || name.as_str().starts_with("x-forwarded-"))
+        };
         if self.rule == KeyRule::Always {
             Some("an API key is always required here")
         } else if any_key {
@@ -67,13 +74,19 @@ impl Gate {
 ///
 /// # Errors
 /// 401 as the rules of the gate say.
-pub(super) async fn authenticate(state: &State, peer: Peer, headers: &HeaderMap) -> Result<Caller, ApiError> {
+pub(super) async fn authenticate(
+    state: &State,
+    peer: Peer,
+    headers: &HeaderMap,
+) -> Result<Caller, ApiError> {
     let Some(key) = presented(headers) else {
         return match state.gate.refusal(peer, headers, state.keys.any_created()) {
             None => Ok(Caller::anonymous()),
             Some(why) => Err(ApiError::new(
                 Code::InvalidApiKey,
-                format!("No API key was sent: {why}. Send `Authorization: Bearer dbk_...`; `drawbridge keys create --name NAME` makes one."),
+                format!(
+                    "No API key was sent: {why}. Send `Authorization: Bearer dbk_...`; `drawbridge keys create --name NAME` makes one."
+                ),
             )),
         };
     };
@@ -91,14 +104,22 @@ pub(super) async fn renew(state: &State, headers: &HeaderMap) -> Result<Caller, 
 async fn checked(state: &State, key: &str) -> Result<Caller, ApiError> {
     match state.keys.authenticate(key).await {
         Ok(key) => Ok(Caller::of(&key)),
-        Err(AuthError::Expired) => Err(ApiError::new(Code::ExpiredApiKey, "This API key has expired.")),
-        Err(AuthError::Unavailable) => {
-            Err(ApiError::new(Code::ContinuityUnavailable, "API keys cannot be checked now; try again shortly."))
-        }
-        Err(AuthError::Malformed) => Err(ApiError::new(Code::InvalidApiKey, "This API key is mistyped or cut short.")),
-        Err(AuthError::Unknown | AuthError::Revoked) => {
-            Err(ApiError::new(Code::InvalidApiKey, "This API key is not known here, or was revoked."))
-        }
+        Err(AuthError::Expired) => Err(ApiError::new(
+            Code::ExpiredApiKey,
+            "This API key has expired.",
+        )),
+        Err(AuthError::Unavailable) => Err(ApiError::new(
+            Code::ContinuityUnavailable,
+            "API keys cannot be checked now; try again shortly.",
+        )),
+        Err(AuthError::Malformed) => Err(ApiError::new(
+            Code::InvalidApiKey,
+            "This API key is mistyped or cut short.",
+        )),
+        Err(AuthError::Unknown | AuthError::Revoked) => Err(ApiError::new(
+            Code::InvalidApiKey,
+            "This API key is not known here, or was revoked.",
+        )),
     }
 }
 
@@ -114,10 +135,20 @@ fn presented(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn host_is_loopback(headers: &HeaderMap) -> bool {
-    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
-    let Ok(authority) = host.parse::<http::uri::Authority>() else { return false };
+    let Some(host) = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+    else {
+        return false;
+    };
+    let Ok(authority) = host.parse::<http::uri::Authority>() else {
+        return false;
+    };
     let name = authority.host().trim_matches(['[', ']']);
-    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    name.eq_ignore_ascii_case("localhost")
+        || name
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]
@@ -137,39 +168,102 @@ mod tests {
         headers
     }
 
-    fn refused(rule: KeyRule, listen: &str, peer: &str, headers: &HeaderMap, any_key: bool) -> bool {
+    fn refused(
+        rule: KeyRule,
+        listen: &str,
+        peer: &str,
+        headers: &HeaderMap,
+        any_key: bool,
+    ) -> bool {
         let gate = Gate::new(rule, listen.parse().unwrap());
-        gate.refusal(Peer(peer.parse().unwrap()), headers, any_key).is_some()
+        gate.refusal(Peer(peer.parse().unwrap()), headers, any_key)
+            .is_some()
     }
 
     #[test]
     fn a_caller_on_this_machine_may_go_without_a_key_until_one_exists() {
-        assert!(!refused(KeyRule::Auto, LOCAL, "127.0.0.1:9", &headers(&[]), false));
-        assert!(!refused(KeyRule::Auto, "[::1]:2455", "[::1]:9", &headers(&[("host", "[::1]:2455")]), false));
-        assert!(refused(KeyRule::Auto, LOCAL, "127.0.0.1:9", &headers(&[]), true));
+        assert!(!refused(
+            KeyRule::Auto,
+            LOCAL,
+            "127.0.0.1:9",
+            &headers(&[]),
+            false
+        ));
+        assert!(!refused(
+            KeyRule::Auto,
+            "[::1]:2455",
+            "[::1]:9",
+            &headers(&[("host", "[::1]:2455")]),
+            false
+        ));
+        assert!(refused(
+            KeyRule::Auto,
+            LOCAL,
+            "127.0.0.1:9",
+            &headers(&[]),
+            true
+        ));
     }
 
     #[test]
     fn always_means_always() {
-        assert!(refused(KeyRule::Always, LOCAL, "127.0.0.1:9", &headers(&[]), false));
+        assert!(refused(
+            KeyRule::Always,
+            LOCAL,
+            "127.0.0.1:9",
+            &headers(&[]),
+            false
+        ));
     }
 
     #[test]
     fn a_listener_beyond_this_machine_needs_a_key() {
-        assert!(refused(KeyRule::Auto, "0.0.0.0:2455", "127.0.0.1:9", &headers(&[]), false));
+        assert!(refused(
+            KeyRule::Auto,
+            "0.0.0.0:2455",
+            "127.0.0.1:9",
+            &headers(&[]),
+            false
+        ));
     }
 
     #[test]
     fn a_peer_from_elsewhere_needs_a_key() {
-        assert!(refused(KeyRule::Auto, LOCAL, "10.0.0.7:9", &headers(&[]), false));
+        assert!(refused(
+            KeyRule::Auto,
+            LOCAL,
+            "10.0.0.7:9",
+            &headers(&[]),
+            false
+        ));
     }
 
     #[test]
     fn a_host_that_is_not_loopback_needs_a_key() {
-        for host in ["example.test", "10.0.0.1:2455", "localhost.example.test", ""] {
-            assert!(refused(KeyRule::Auto, LOCAL, "127.0.0.1:9", &headers(&[("host", host)]), false), "{host}");
+        for host in [
+            "example.test",
+            "10.0.0.1:2455",
+            "localhost.example.test",
+            "",
+        ] {
+            assert!(
+                refused(
+                    KeyRule::Auto,
+                    LOCAL,
+                    "127.0.0.1:9",
+                    &headers(&[("host", host)]),
+                    false
+                ),
+                "{host}"
+            );
         }
-        assert!(refused(KeyRule::Auto, LOCAL, "127.0.0.1:9", &HeaderMap::new(), false));
+        assert!(refused(
+            KeyRule::Auto,
+            LOCAL,
+            "127.0.0.1:9",
+            &HeaderMap::new(),
+            false
+        ));
     }
 
     #[test]
@@ -185,16 +279,37 @@ mod tests {
             "origin",
             "sec-fetch-site",
         ] {
-            assert!(refused(KeyRule::Auto, LOCAL, "127.0.0.1:9", &headers(&[(name, "x")]), false), "{name}");
+            assert!(
+                refused(
+                    KeyRule::Auto,
+                    LOCAL,
+                    "127.0.0.1:9",
+                    &headers(&[(name, "x")]),
+                    false
+                ),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn only_a_key_of_ours_is_presented_and_the_own_header_wins() {
-        assert_eq!(presented(&headers(&[("authorization", "Bearer dbk_1")])), Some("dbk_1"));
-        assert_eq!(presented(&headers(&[("authorization", "bearer dbk_1")])), Some("dbk_1"));
-        assert_eq!(presented(&headers(&[("authorization", "Bearer eyJhbGciOi")])), None);
-        let both = headers(&[("authorization", "Bearer eyJhbGciOi"), ("x-drawbridge-key", "dbk_2")]);
+        assert_eq!(
+            presented(&headers(&[("authorization", "Bearer dbk_1")])),
+            Some("dbk_1")
+        );
+        assert_eq!(
+            presented(&headers(&[("authorization", "bearer dbk_1")])),
+            Some("dbk_1")
+        );
+        assert_eq!(
+            presented(&headers(&[("authorization", "Bearer eyJhbGciOi")])),
+            None
+        );
+        let both = headers(&[
+            ("authorization", "Bearer eyJhbGciOi"),
+            ("x-drawbridge-key", "dbk_2"),
+        ]);
         assert_eq!(presented(&both), Some("dbk_2"));
     }
 }

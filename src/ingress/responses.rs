@@ -34,12 +34,22 @@ const LARGE: usize = 1 << 20;
 type Shared = extract::State<Arc<State>>;
 
 /// `POST /backend-api/codex/responses`.
-pub(super) async fn codex(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap, body: Body) -> Response {
+pub(super) async fn codex(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
     respond(&state, peer, headers, body, Dialect::Codex).await
 }
 
 /// `POST /v1/responses`.
-pub(super) async fn openai(extract::State(state): Shared, Extension(peer): Extension<Peer>, headers: HeaderMap, body: Body) -> Response {
+pub(super) async fn openai(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
     respond(&state, peer, headers, body, Dialect::OpenAi).await
 }
 
@@ -65,26 +75,41 @@ pub(super) async fn compact_openai(
     answer.unwrap_or_else(|error| error.into_response())
 }
 
-async fn respond(state: &State, peer: Peer, headers: HeaderMap, body: Body, dialect: Dialect) -> Response {
+async fn respond(
+    state: &State,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+    dialect: Dialect,
+) -> Response {
     let (route, shape) = match dialect {
         Dialect::Codex => ("codex/responses", Shape::Codex),
         Dialect::OpenAi => ("v1/responses", Shape::OpenAi),
     };
     let arrived = Instant::now();
     let asked = ask(state, peer, headers, body, route, shape, arrived).await;
-    let (ask, pool) = match asked {
-        Ok(asked) => asked,
+    let ask = match asked {
+        Ok(ask) => ask,
         Err(error) => return error.into_response(),
     };
-    let (id, streams) = (ask.id, dialect == Dialect::Codex || ask.request.facts.stream);
+    let caller = ask.caller.clone();
+    let (id, streams) = (
+        ask.id,
+        dialect == Dialect::Codex || ask.request.facts.stream,
+    );
     let items = state.engine.start(ask);
-    let answer = if streams { stream(state, items, dialect, id).await } else { collected(state, items).await };
+    let answer = if streams {
+        stream(state, items, dialect, id).await
+    } else {
+        collected(state, items).await
+    };
     let mut response = answer.unwrap_or_else(|error| error.into_response());
-    response.headers_mut().extend(pool);
+    // Read now: the turn itself has brought news of the limits.
+    response.headers_mut().extend(limits(state, &caller));
     response
 }
 
-/// From bytes to a question: who asks, what, and whether they may. Yields also the pool's limits, which every answer carries.
+/// From bytes to a question: who asks, what, and whether they may.
 async fn ask(
     state: &State,
     peer: Peer,
@@ -93,14 +118,28 @@ async fn ask(
     route: &'static str,
     shape: Shape,
     arrived: Instant,
-) -> Result<(Ask, Vec<(HeaderName, HeaderValue)>), ApiError> {
+) -> Result<Ask, ApiError> {
     let caller = gate::authenticate(state, peer, &headers).await?;
-    let pool = limits(state, &caller);
-    let (body, held) = body::read(&headers, body, &state.bytes).await?;
-    let request = parse(body, shape, &headers).await.map_err(|error| error.headers(pool.clone()))?;
-    let ask = Ask { id: TurnId::new(), caller, route, transport: Transport::Http, request, headers, held, arrived };
-    admit(&ask.caller, &ask.request.facts).map_err(|error| error.headers(pool.clone()))?;
-    Ok((ask, pool))
+    let understood = async {
+        let (body, held) = body::read(&headers, body, &state.bytes).await?;
+        let request = parse(body, shape, &headers).await?;
+        admit(&caller, &request.facts)?;
+        Ok((request, held))
+    };
+    // A caller who is known reads the pool's limits in every answer.
+    let (request, held) = understood
+        .await
+        .map_err(|error: ApiError| error.headers(limits(state, &caller)))?;
+    Ok(Ask {
+        id: TurnId::new(),
+        caller,
+        route,
+        transport: Transport::Http,
+        request,
+        headers,
+        held,
+        arrived,
+    })
 }
 
 async fn parse(body: Bytes, shape: Shape, headers: &HeaderMap) -> Result<Request, ApiError> {
@@ -118,12 +157,21 @@ pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
     if caller.may_use(&facts.model) {
         return Ok(());
     }
-    Err(ApiError::new(Code::ModelNotAllowed, "This API key may not use the requested model.").param(Some("model".into())))
+    Err(ApiError::new(
+        Code::ModelNotAllowed,
+        "This API key may not use the requested model.",
+    )
+    .param(Some("model".into())))
 }
 
 /// The pool's limits as headers.
 pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderValue)> {
-    quota::pool_view(&state.upstream.view(), state.clock.now().as_second(), caller.accounts()).headers()
+    quota::pool_view(
+        &state.upstream.view(),
+        state.clock.now().as_second(),
+        caller.accounts(),
+    )
+    .headers()
 }
 
 /// What a turn showed first.
@@ -149,8 +197,15 @@ async fn first(items: &mut Receiver<Item>) -> First {
     }
 }
 
-async fn stream(state: &State, mut items: Receiver<Item>, dialect: Dialect, id: TurnId) -> Result<Response, ApiError> {
-    let first = timeout(HEAD_PATIENCE, first(&mut items)).await.unwrap_or(First::Silence);
+async fn stream(
+    state: &State,
+    mut items: Receiver<Item>,
+    dialect: Dialect,
+    id: TurnId,
+) -> Result<Response, ApiError> {
+    let first = timeout(HEAD_PATIENCE, first(&mut items))
+        .await
+        .unwrap_or(First::Silence);
     let (head, event) = match first {
         First::Event(head, event) => (head, event),
         First::Silence => (HeaderMap::new(), None),
@@ -160,12 +215,24 @@ async fn stream(state: &State, mut items: Receiver<Item>, dialect: Dialect, id: 
             (error, _) => return Err(error),
         },
     };
-    let events = encode::EventStream::new(dialect, event, items, &id.to_string(), state.clock.now().as_second());
+    let events = encode::EventStream::new(
+        dialect,
+        event,
+        items,
+        &id.to_string(),
+        state.clock.now().as_second(),
+    );
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.extend(head);
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
+    headers.insert(
+        header::CACHE_CONTROL,
+        HeaderValue::from_static("no-cache, no-transform"),
+    );
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
 }
@@ -181,12 +248,28 @@ async fn collected(state: &State, mut items: Receiver<Item>) -> Result<Response,
 }
 
 /// Compaction: the same conversation with a trigger, of which one item comes back.
-async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, dialect: Dialect) -> Result<Response, ApiError> {
+async fn compacted(
+    state: &State,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+    dialect: Dialect,
+) -> Result<Response, ApiError> {
     let route = match dialect {
         Dialect::Codex => "codex/responses/compact",
         Dialect::OpenAi => "v1/responses/compact",
     };
-    let (ask, pool) = ask(state, peer, headers, body, route, Shape::Compact, Instant::now()).await?;
+    let ask = ask(
+        state,
+        peer,
+        headers,
+        body,
+        route,
+        Shape::Compact,
+        Instant::now(),
+    )
+    .await?;
+    let caller = ask.caller.clone();
     let answer = async {
         let mut items = state.engine.start(ask);
         let (head, event) = match first(&mut items).await {
@@ -196,12 +279,14 @@ async fn compacted(state: &State, peer: Peer, headers: HeaderMap, body: Body, di
         };
         let object = encode::collect(event, items, state.clock.now().as_second()).await?;
         let answer = compact::answer(&object, dialect == Dialect::Codex);
-        let answer = answer.ok_or_else(|| ApiError::new(Code::UpstreamError, "Upstream returned no compaction item."))?;
+        let answer = answer.ok_or_else(|| {
+            ApiError::new(Code::UpstreamError, "Upstream returned no compaction item.")
+        })?;
         Ok(json(head, answer))
     };
     let answer: Result<Response, ApiError> = answer.await;
-    let mut response = answer.map_err(|error| error.headers(pool.clone()))?;
-    response.headers_mut().extend(pool);
+    let mut response = answer.unwrap_or_else(|error| error.into_response());
+    response.headers_mut().extend(limits(state, &caller));
     Ok(response)
 }
 
@@ -209,11 +294,19 @@ fn json(head: HeaderMap, object: Bytes) -> Response {
     let mut response = Response::new(Body::from(object));
     *response.status_mut() = StatusCode::OK;
     response.headers_mut().extend(head);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     response
 }
 
 /// A question without a body to hold, for a frame.
 pub(super) fn held(state: &State, bytes: usize) -> Result<Held, ApiError> {
-    state.bytes.take(bytes).ok_or_else(|| ApiError::new(Code::Overloaded, "This replica is holding as many requests as it may; try again shortly."))
+    state.bytes.take(bytes).ok_or_else(|| {
+        ApiError::new(
+            Code::Overloaded,
+            "This replica is holding as many requests as it may; try again shortly.",
+        )
+    })
 }

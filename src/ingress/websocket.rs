@@ -50,11 +50,22 @@ pub(super) async fn openai(state: Shared, peer: Extension<Peer>, request: Reques
     accept(state, peer, request, Dialect::OpenAi).await
 }
 
-async fn accept(extract::State(state): Shared, Extension(peer): Extension<Peer>, request: Request, dialect: Dialect) -> Response {
+async fn accept(
+    extract::State(state): Shared,
+    Extension(peer): Extension<Peer>,
+    request: Request,
+    dialect: Dialect,
+) -> Response {
     let (mut parts, _) = request.into_parts();
     let upgrade = match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
         Ok(upgrade) => upgrade,
-        Err(_) => return ApiError::new(Code::UpgradeRequired, "This path takes POST, or GET with a WebSocket handshake.").into_response(),
+        Err(_) => {
+            return ApiError::new(
+                Code::UpgradeRequired,
+                "This path takes POST, or GET with a WebSocket handshake.",
+            )
+            .into_response();
+        }
     };
     let caller = match gate::authenticate(&state, peer, &parts.headers).await {
         Ok(caller) => caller,
@@ -67,7 +78,16 @@ async fn accept(extract::State(state): Shared, Extension(peer): Extension<Peer>,
         .max_frame_size(MESSAGE_BYTES)
         .read_buffer_size(16 << 10)
         .on_upgrade(move |socket| async move {
-            Client { state, caller, headers: parts.headers, dialect, session, socket }.serve().await;
+            Client {
+                state,
+                caller,
+                headers: parts.headers,
+                dialect,
+                session,
+                socket,
+            }
+            .serve()
+            .await;
         });
     response.headers_mut().extend(pool);
     response
@@ -125,7 +145,8 @@ impl Client {
                 Step::Message(Some(Err(_)) | None) => Err(Gone),
                 Step::KeepAlive => self.keep_alive(&mut running).await,
                 Step::Drain => {
-                    self.close(close_code::RESTART, "the service is restarting").await;
+                    self.close(close_code::RESTART, "the service is restarting")
+                        .await;
                     Err(Gone)
                 }
             };
@@ -135,25 +156,48 @@ impl Client {
         }
     }
 
-    async fn receive(&mut self, running: &mut Option<Running>, message: Message) -> Result<(), Gone> {
+    async fn receive(
+        &mut self,
+        running: &mut Option<Running>,
+        message: Message,
+    ) -> Result<(), Gone> {
         let text = match message {
             Message::Text(text) => text,
             Message::Binary(_) => {
-                return self.refuse(&ApiError::new(Code::InvalidRequest, "Binary frames are not understood; send JSON as text.")).await;
+                return self
+                    .refuse(&ApiError::new(
+                        Code::InvalidRequest,
+                        "Binary frames are not understood; send JSON as text.",
+                    ))
+                    .await;
             }
             Message::Ping(_) | Message::Pong(_) => return Ok(()),
             Message::Close(_) => return Err(Gone),
         };
         match frame_type(&text) {
-            None => self.refuse(&ApiError::new(Code::InvalidJson, "A frame must be a JSON object with a type.")).await,
+            None => {
+                self.refuse(&ApiError::new(
+                    Code::InvalidJson,
+                    "A frame must be a JSON object with a type.",
+                ))
+                .await
+            }
             // What upstream would only acknowledge: it has no meaning without a turn.
             Some(kind) if kind != "response.create" => Ok(()),
             Some(_) if running.is_some() => {
-                self.refuse(&ApiError::new(Code::ResponseInProgress, "A response is in progress on this socket; wait for its end.")).await
+                self.refuse(&ApiError::new(
+                    Code::ResponseInProgress,
+                    "A response is in progress on this socket; wait for its end.",
+                ))
+                .await
             }
             Some(_) => match self.create(text).await {
                 Ok(items) => {
-                    *running = Some(Running { items, response_id: None, keepalive: Deadline::now() + KEEPALIVE });
+                    *running = Some(Running {
+                        items,
+                        response_id: None,
+                        keepalive: Deadline::now() + KEEPALIVE,
+                    });
                     Ok(())
                 }
                 Err(error) => self.refuse(&error).await,
@@ -162,7 +206,7 @@ impl Client {
     }
 
     /// Starts the turn of one `response.create`.
-    async fn create(&self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
+    async fn create(&mut self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
         let arrived = Instant::now();
         // The key may have been revoked since the handshake.
         let caller = match self.caller.api_key() {
@@ -183,22 +227,44 @@ impl Client {
             Dialect::OpenAi => "v1/responses",
         };
         let headers = self.headers.clone();
-        let ask = Ask { id: TurnId::new(), caller, route, transport: Transport::WebSocket, request, headers, held, arrived };
-        self.session
-            .start(ask)
-            .map_err(|_| ApiError::new(Code::Overloaded, "Too many responses wait on this socket; try again shortly."))
+        let ask = Ask {
+            id: TurnId::new(),
+            caller,
+            route,
+            transport: Transport::WebSocket,
+            request,
+            headers,
+            held,
+            arrived,
+        };
+        self.session.start(ask).map_err(|_| {
+            ApiError::new(
+                Code::Overloaded,
+                "Too many responses wait on this socket; try again shortly.",
+            )
+        })
     }
 
-    async fn relay(&mut self, running: &mut Option<Running>, item: Option<Item>) -> Result<(), Gone> {
+    async fn relay(
+        &mut self,
+        running: &mut Option<Running>,
+        item: Option<Item>,
+    ) -> Result<(), Gone> {
         match item {
             Some(Item::Event(event)) => {
                 if let Some(running) = running {
                     running.keepalive = Deadline::now() + KEEPALIVE;
                     if event.kind() == Kind::Created {
-                        running.response_id = Created::parse(&event.data()).and_then(|created| created.response_id);
+                        running.response_id =
+                            Created::parse(&event.data()).and_then(|created| created.response_id);
                     }
                 }
-                if self.dialect == Dialect::OpenAi && matches!(event.kind(), Kind::Codex | Kind::RateLimits | Kind::Metadata) {
+                if self.dialect == Dialect::OpenAi
+                    && matches!(
+                        event.kind(),
+                        Kind::Codex | Kind::RateLimits | Kind::Metadata
+                    )
+                {
                     return Ok(());
                 }
                 self.event(event).await
@@ -226,18 +292,36 @@ impl Client {
 
     /// Codex counts only events as signs of life; SDKs would stumble over one they do not know.
     async fn keep_alive(&mut self, running: &mut Option<Running>) -> Result<(), Gone> {
-        let Some(running) = running else { return Ok(()) };
+        let Some(running) = running else {
+            return Ok(());
+        };
         running.keepalive = Deadline::now() + KEEPALIVE;
         match (&running.response_id, self.dialect) {
-            (_, Dialect::Codex) => self.send(Message::Text(Utf8Bytes::from_static(r#"{"type":"codex.keepalive"}"#))).await,
+            (_, Dialect::Codex) => {
+                self.send(Message::Text(Utf8Bytes::from_static(
+                    r#"{"type":"codex.keepalive"}"#,
+                )))
+                .await
+            }
             (_, Dialect::OpenAi) => self.send(Message::Ping(Bytes::new())).await,
         }
     }
 
     async fn event(&mut self, event: Event) -> Result<(), Gone> {
         match event.into_text() {
-            Some(text) => self.send(Message::Text(Utf8Bytes::try_from(Bytes::from(text)).map_err(|_| Gone)?)).await,
-            None => self.refuse(&ApiError::new(Code::UpstreamError, "Upstream sent an event that is not text.")).await,
+            Some(text) => {
+                self.send(Message::Text(
+                    Utf8Bytes::try_from(Bytes::from(text)).map_err(|_| Gone)?,
+                ))
+                .await
+            }
+            None => {
+                self.refuse(&ApiError::new(
+                    Code::UpstreamError,
+                    "Upstream sent an event that is not text.",
+                ))
+                .await
+            }
         }
     }
 
@@ -254,7 +338,10 @@ impl Client {
     }
 
     async fn close(&mut self, code: u16, reason: &'static str) {
-        let frame = CloseFrame { code, reason: Utf8Bytes::from_static(reason) };
+        let frame = CloseFrame {
+            code,
+            reason: Utf8Bytes::from_static(reason),
+        };
         drop(self.send(Message::Close(Some(frame))).await);
     }
 }
@@ -279,5 +366,7 @@ fn frame_type(text: &str) -> Option<String> {
     struct Frame {
         r#type: String,
     }
-    serde_json::from_str::<Frame>(text).ok().map(|frame| frame.r#type)
+    serde_json::from_str::<Frame>(text)
+        .ok()
+        .map(|frame| frame.r#type)
 }

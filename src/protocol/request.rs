@@ -178,9 +178,10 @@ impl Request {
         object.remove("stream");
         object.remove("background");
         carry(&mut object, headers);
-        let rest = object.finish().expect("at least `stream` was removed");
-        let members = rest.trim_start().strip_prefix('{').unwrap_or_default();
-        Bytes::from(format!(r#"{{"type":"response.create",{members}"#))
+        let mut frame = object.finish().unwrap_or_else(|| text.to_owned());
+        let open = frame.find('{').map_or(0, |at| at + 1);
+        frame.replace_range(..open, r#"{"type":"response.create","#);
+        Bytes::from(frame)
     }
 }
 

@@ -54,7 +54,13 @@ pub(super) async fn accept(listener: TcpListener, router: Router, phase: Phase, 
     tasks.stopping().cancelled().await;
 }
 
-async fn serve(stream: TcpStream, peer: Peer, router: Router, phase: Phase, place: OwnedSemaphorePermit) {
+async fn serve(
+    stream: TcpStream,
+    peer: Peer,
+    router: Router,
+    phase: Phase,
+    place: OwnedSemaphorePermit,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "a connection was lost at once");
         return;
@@ -67,8 +73,11 @@ async fn serve(stream: TcpStream, peer: Peer, router: Router, phase: Phase, plac
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer);
             let mut response = router.oneshot(request).await?;
-            if draining.is_cancelled() && response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            if draining.is_cancelled() && response.status() != http::StatusCode::SWITCHING_PROTOCOLS
+            {
+                response
+                    .headers_mut()
+                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, std::convert::Infallible>(response)
         }

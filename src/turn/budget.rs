@@ -28,7 +28,10 @@ impl Budget {
     #[must_use]
     pub fn take(&self, bytes: usize) -> Option<Held> {
         let units = u32::try_from(bytes.div_ceil(UNIT)).ok()?;
-        Arc::clone(&self.0).try_acquire_many_owned(units).ok().map(|permit| Held(Some(permit)))
+        Arc::clone(&self.0)
+            .try_acquire_many_owned(units)
+            .ok()
+            .map(|permit| Held(Some(permit)))
     }
 
     /// Bytes that could be taken now.

@@ -88,15 +88,24 @@ impl Carrier {
         match self {
             Self::Http => {
                 let headers = headers::to_upstream_http(&ask.headers);
-                let events = upstream.create(account, credential, headers, ask.request.body.clone()).await?;
+                let events = upstream
+                    .create(account, credential, headers, ask.request.body.clone())
+                    .await?;
                 Ok(Source::Http(events))
             }
             Self::Socket(place) => {
                 if place.as_ref().is_none_or(|line| line.account != account) {
                     *place = None;
                     let headers = headers::to_upstream_websocket(&ask.headers);
-                    let socket = upstream.connect(account, credential, headers).await.map_err(Unsent::Nothing)?;
-                    *place = Some(Box::new(Line { socket, account, head: None }));
+                    let socket = upstream
+                        .connect(account, credential, headers)
+                        .await
+                        .map_err(Unsent::Nothing)?;
+                    *place = Some(Box::new(Line {
+                        socket,
+                        account,
+                        head: None,
+                    }));
                 }
                 let line = place.as_mut().expect("just opened");
                 // Whatever becomes of this turn, upstream forgets the response before it.
@@ -177,7 +186,11 @@ impl Source<'_> {
     pub(super) async fn next(&mut self) -> Result<Option<Event>, Failure> {
         match self {
             Self::Http(events) => Ok(events.next().await?.map(Event::from_sse)),
-            Self::Socket(line) => Ok(line.socket.next().await?.map(|text| Event::from_json(Bytes::from(text)))),
+            Self::Socket(line) => Ok(line
+                .socket
+                .next()
+                .await?
+                .map(|text| Event::from_json(Bytes::from(text)))),
         }
     }
 

@@ -29,14 +29,20 @@ impl Event {
     /// An event that came over HTTP.
     #[must_use]
     pub fn from_sse(event: sse::Event) -> Self {
-        Self { kind: event::kind(&event.data()), form: Form::Sse(event) }
+        Self {
+            kind: event::kind(&event.data()),
+            form: Form::Sse(event),
+        }
     }
 
     /// An event that came in a frame, or one of our own.
     #[must_use]
     pub fn from_json(json: impl Into<Bytes>) -> Self {
         let json = json.into();
-        Self { kind: event::kind(&json), form: Form::Json(json) }
+        Self {
+            kind: event::kind(&json),
+            form: Form::Json(json),
+        }
     }
 
     /// What it is.

@@ -63,7 +63,16 @@ struct Flow {
 pub fn channel<T: Weight>() -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let flow = Arc::new(Flow::default());
-    (Sender { items: sender, flow: Arc::clone(&flow) }, Receiver { items: receiver, flow })
+    (
+        Sender {
+            items: sender,
+            flow: Arc::clone(&flow),
+        },
+        Receiver {
+            items: receiver,
+            flow,
+        },
+    )
 }
 
 impl<T: Weight> Sender<T> {
@@ -136,7 +145,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_takes_nothing_for_a_minute_is_slow() {
         let (sender, _receiver) = channel();
-        sender.send(16 << 20).await.expect("one event of any size passes an empty queue");
+        sender
+            .send(16 << 20)
+            .await
+            .expect("one event of any size passes an empty queue");
         assert_eq!(sender.send(1).await, Err(Lost::Slow));
     }
 

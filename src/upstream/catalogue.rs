@@ -28,7 +28,11 @@ pub(super) struct Catalogue(watch::Receiver<Arc<PerAccount>>);
 
 impl Catalogue {
     /// Reads it, and again whenever it moves.
-    pub(super) async fn keep(accounts: Accounts, bus: &Bus, tasks: &Tasks) -> Result<Self, db::Error> {
+    pub(super) async fn keep(
+        accounts: Accounts,
+        bus: &Bus,
+        tasks: &Tasks,
+    ) -> Result<Self, db::Error> {
         let mut moved = bus.subscribe(Topic::Models);
         let (sender, receiver) = watch::channel(Arc::new(accounts.models().await?));
         let stop = tasks.stopping();
@@ -75,7 +79,12 @@ impl Upstream {
 
     /// Reads the catalogue of every account that serves. What fails keeps its last good copy.
     pub async fn refresh_models(&self) {
-        for account in self.view().accounts.iter().filter(|account| account.lifecycle == Lifecycle::Active) {
+        for account in self
+            .view()
+            .accounts
+            .iter()
+            .filter(|account| account.lifecycle == Lifecycle::Active)
+        {
             if let Err(why) = self.refresh_account(account.id).await {
                 tracing::debug!(account_id = %account.id, why, "the models of an account are old");
             }
@@ -83,19 +92,43 @@ impl Upstream {
     }
 
     async fn refresh_account(&self, account: AccountId) -> Result<(), String> {
-        let credential = self.credentials.fresh(account, Freshness::Any).await.map_err(|error| error.to_string())?;
+        let credential = self
+            .credentials
+            .fresh(account, Freshness::Any)
+            .await
+            .map_err(|error| error.to_string())?;
         let path = format!("/codex/models?client_version={CLIENT_VERSION}");
-        let (_, body) = self.document(account, &credential, &path).await.map_err(|failure| failure.to_string())?;
+        let (_, body) = self
+            .document(account, &credential, &path)
+            .await
+            .map_err(|failure| failure.to_string())?;
         let catalogue: Value = serde_json::from_slice(&body).map_err(|_| "not JSON".to_owned())?;
-        let models = catalogue.get("models").filter(|models| models.is_array()).ok_or("no list of models")?;
-        self.accounts.store_models(account, models).await.map_err(|error| error.to_string())
+        let models = catalogue
+            .get("models")
+            .filter(|models| models.is_array())
+            .ok_or("no list of models")?;
+        self.accounts
+            .store_models(account, models)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Ends when accounts were added or removed, at the latest after `patience`.
     pub async fn accounts_changed(&self, patience: Duration) {
         let mut view = self.view.clone();
-        let known: Vec<AccountId> = view.borrow_and_update().accounts.iter().map(|account| account.id).collect();
-        let other = view.wait_for(|view| !view.accounts.iter().map(|account| account.id).eq(known.iter().copied()));
+        let known: Vec<AccountId> = view
+            .borrow_and_update()
+            .accounts
+            .iter()
+            .map(|account| account.id)
+            .collect();
+        let other = view.wait_for(|view| {
+            !view
+                .accounts
+                .iter()
+                .map(|account| account.id)
+                .eq(known.iter().copied())
+        });
         drop(tokio::time::timeout(patience, other).await);
     }
 }

@@ -41,44 +41,85 @@ impl Upstream {
         mut headers: HeaderMap,
         body: Bytes,
     ) -> Result<Events, Failure> {
-        headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(
+            header::ACCEPT,
+            HeaderValue::from_static("text/event-stream"),
+        );
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         authorize(&mut headers, credential);
-        let request = self.client.post(format!("{}/codex/responses", self.base)).headers(headers).body(body);
+        let request = self
+            .client
+            .post(format!("{}/codex/responses", self.base))
+            .headers(headers)
+            .body(body);
         let response = self.answered(account, request).await?;
-        Ok(Events { response: Box::new(response), splitter: Splitter::default(), clock: self.clock.clone() })
+        Ok(Events {
+            response: Box::new(response),
+            splitter: Splitter::default(),
+            clock: self.clock.clone(),
+        })
     }
 
     /// A small JSON document below the base URL.
     ///
     /// # Errors
     /// As [`Upstream::create`].
-    pub async fn document(&self, account: AccountId, credential: &Credential, path: &str) -> Result<(HeaderMap, Bytes), Failure> {
+    pub async fn document(
+        &self,
+        account: AccountId,
+        credential: &Credential,
+        path: &str,
+    ) -> Result<(HeaderMap, Bytes), Failure> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         authorize(&mut headers, credential);
-        let request = self.client.get(format!("{}{path}", self.base)).headers(headers);
+        let request = self
+            .client
+            .get(format!("{}{path}", self.base))
+            .headers(headers);
         let response = self.answered(account, request).await?;
         let headers = response.headers().clone();
-        let body = timeout(deadline::HEADERS, response.bytes()).await.map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
+        let body = timeout(deadline::HEADERS, response.bytes())
+            .await
+            .map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
         Ok((headers, body.map_err(|error| network(&error, self.now()))?))
     }
 
     /// Sends a request and waits for a head that says 200.
-    async fn answered(&self, account: AccountId, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
+    async fn answered(
+        &self,
+        account: AccountId,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, Failure> {
         let response = self.head(account, request).await?;
-        if response.status() == StatusCode::OK { Ok(response) } else { Err(self.refused(response).await) }
+        if response.status() == StatusCode::OK {
+            Ok(response)
+        } else {
+            Err(self.refused(response).await)
+        }
     }
 
     /// Sends a request and waits for its head, whose limits are taken in whatever it says.
-    pub(super) async fn head(&self, account: AccountId, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
+    pub(super) async fn head(
+        &self,
+        account: AccountId,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, Failure> {
         let began = Instant::now();
         let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
             .await
             .map_err(|_| Failure::timeout(Deadline::Headers, self.now()))?
             .map_err(|error| network(&error, self.now()))?;
-        let accepted = [StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS].contains(&response.status());
-        let source = if accepted { quota::Source::Header } else { quota::Source::Error };
+        let accepted =
+            [StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS].contains(&response.status());
+        let source = if accepted {
+            quota::Source::Header
+        } else {
+            quota::Source::Error
+        };
         for observation in limits::from_headers(response.headers(), self.now()) {
             self.quota.observe(account, &observation, began, source);
         }
@@ -88,7 +129,9 @@ impl Upstream {
     /// Upstream's refusal, with the beginning of its body.
     pub(super) async fn refused(&self, response: reqwest::Response) -> Failure {
         let (status, headers) = (response.status(), response.headers().clone());
-        let body = timeout(REFUSAL_TIME, refusal(response)).await.unwrap_or_default();
+        let body = timeout(REFUSAL_TIME, refusal(response))
+            .await
+            .unwrap_or_default();
         Failure::from_http(status, &headers, &body, self.now())
     }
 }
@@ -137,11 +180,18 @@ impl Events {
     /// # Errors
     /// As [`Events::next`].
     pub fn ready(&mut self) -> Result<Option<sse::Event>, Failure> {
-        self.splitter.next().transpose().map_err(|too_large| self.too_large(&too_large))
+        self.splitter
+            .next()
+            .transpose()
+            .map_err(|too_large| self.too_large(&too_large))
     }
 
     fn too_large(&self, error: &sse::TooLarge) -> Failure {
-        Failure::local(Class::TooLarge, error.to_string(), self.clock.now().as_second())
+        Failure::local(
+            Class::TooLarge,
+            error.to_string(),
+            self.clock.now().as_second(),
+        )
     }
 }
 

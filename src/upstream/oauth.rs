@@ -41,7 +41,11 @@ pub(super) enum RefreshError {
 }
 
 /// Exchanges a refresh token. What the answer lacks stays as it is: an unchanged refresh token, or no id token.
-pub(super) async fn refresh(client: &reqwest::Client, auth_url: &str, refresh: &SecretString) -> Result<Tokens, RefreshError> {
+pub(super) async fn refresh(
+    client: &reqwest::Client,
+    auth_url: &str,
+    refresh: &SecretString,
+) -> Result<Tokens, RefreshError> {
     let body = json!({
         "grant_type": "refresh_token",
         "client_id": CLIENT_ID,
@@ -49,7 +53,7 @@ pub(super) async fn refresh(client: &reqwest::Client, auth_url: &str, refresh: &
         "scope": "openid profile email",
     });
     let exchange = async {
-        let url = format!("{}/oauth/token", auth_url.trim_end_matches('/'));
+        let url = format!("{auth_url}/oauth/token");
         let response = client.post(url).json(&body).send().await?;
         Ok((response.status(), response.bytes().await?))
     };
@@ -62,7 +66,8 @@ pub(super) async fn refresh(client: &reqwest::Client, auth_url: &str, refresh: &
         return Err(refused(status, &answer));
     }
     let answer: Answer = serde_json::from_slice(&answer).map_err(|_| transient("malformed"))?;
-    let secret = |text: Option<String>| text.filter(|text| !text.is_empty()).map(SecretString::from);
+    let secret =
+        |text: Option<String>| text.filter(|text| !text.is_empty()).map(SecretString::from);
     Ok(Tokens {
         access: secret(answer.access_token).ok_or_else(|| transient("malformed"))?,
         refresh: secret(answer.refresh_token).unwrap_or_else(|| refresh.clone()),
@@ -96,24 +101,44 @@ const FINAL: &[(&str, Lifecycle)] = &[
 /// A refusal is final by its code alone, and only as the client's fault: no outage may cost the pool its accounts.
 fn refused(status: StatusCode, body: &[u8]) -> RefreshError {
     let error = ErrorBody::parse(body).unwrap_or_default();
-    let code = error.code.or(error.kind).unwrap_or_default().to_ascii_lowercase();
-    let ours = matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+    let code = error
+        .code
+        .or(error.kind)
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    let ours = matches!(
+        status,
+        StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
+    );
     match FINAL.iter().find(|(name, _)| ours && *name == code) {
         Some(&(code, lifecycle)) => RefreshError::Refused { code, lifecycle },
         None => {
-            let plain = code.len() <= CODE_CHARS && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+            let plain = code.len() <= CODE_CHARS
+                && code
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte == b'_');
             transient(format!("{} {}", status.as_u16(), if plain { &code } else { "" }).trim_end())
         }
     }
 }
 
 fn transient(reason: &str) -> RefreshError {
-    RefreshError::Transient { dispatched: true, reason: reason.to_owned() }
+    RefreshError::Transient {
+        dispatched: true,
+        reason: reason.to_owned(),
+    }
 }
 
 fn lost(error: &reqwest::Error) -> RefreshError {
-    let reason = if error.is_connect() { "connect" } else { "network" };
-    RefreshError::Transient { dispatched: !error.is_connect(), reason: reason.to_owned() }
+    let reason = if error.is_connect() {
+        "connect"
+    } else {
+        "network"
+    };
+    RefreshError::Transient {
+        dispatched: !error.is_connect(),
+        reason: reason.to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -152,18 +177,26 @@ pub(super) mod fake {
             (status, Json(body))
         };
         let router = Router::new().route("/oauth/token", post(exchange));
-        drop(tasks.spawn("fake token endpoint", async move { axum::serve(listener, router).await }));
+        drop(tasks.spawn("fake token endpoint", async move {
+            axum::serve(listener, router).await
+        }));
         (url, asked)
     }
 
     /// A client that trusts nobody: loopback needs no TLS.
     pub(in crate::upstream) fn client() -> reqwest::Client {
-        let tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
+        let tls = rustls::ClientConfig::builder_with_provider(Arc::new(
+            rustls::crypto::ring::default_provider(),
+        ))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+        reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .no_proxy()
+            .build()
             .unwrap()
-            .with_root_certificates(rustls::RootCertStore::empty())
-            .with_no_client_auth();
-        reqwest::Client::builder().tls_backend_preconfigured(tls).no_proxy().build().unwrap()
     }
 }
 
@@ -175,7 +208,8 @@ mod tests {
     use crate::task::Tasks;
 
     async fn exchange(status: u16, body: Value) -> (Result<Tokens, RefreshError>, Value) {
-        let answer = move |_| std::future::ready((StatusCode::from_u16(status).unwrap(), body.clone()));
+        let answer =
+            move |_| std::future::ready((StatusCode::from_u16(status).unwrap(), body.clone()));
         let (url, asked) = fake::endpoint(&Tasks::new(), answer).await;
         let result = refresh(&fake::client(), &url, &"old-refresh".into()).await;
         let asked = asked.lock().unwrap()[0].clone();
@@ -185,15 +219,32 @@ mod tests {
     #[tokio::test]
     async fn an_exchange_asks_as_codex_does_and_keeps_what_the_answer_lacks() {
         let cases = [
-            (json!({"access_token": "a", "refresh_token": "r", "id_token": "i", "expires_in": 864_000}), ("a", "r", Some("i"))),
-            (json!({"access_token": "a", "refresh_token": null}), ("a", "old-refresh", None)),
-            (json!({"access_token": "a", "refresh_token": ""}), ("a", "old-refresh", None)),
+            (
+                json!({"access_token": "a", "refresh_token": "r", "id_token": "i", "expires_in": 864_000}),
+                ("a", "r", Some("i")),
+            ),
+            (
+                json!({"access_token": "a", "refresh_token": null}),
+                ("a", "old-refresh", None),
+            ),
+            (
+                json!({"access_token": "a", "refresh_token": ""}),
+                ("a", "old-refresh", None),
+            ),
         ];
         for (answer, expected) in cases {
             let (tokens, asked) = exchange(200, answer.clone()).await;
             let tokens = tokens.unwrap();
-            let id_token = tokens.id_token.as_ref().map(ExposeSecret::expose_secret);
-            assert_eq!((tokens.access.expose_secret(), tokens.refresh.expose_secret(), id_token), expected, "{answer}");
+            let id_token = tokens.id_token.as_ref().map(|token| token.expose_secret());
+            assert_eq!(
+                (
+                    tokens.access.expose_secret(),
+                    tokens.refresh.expose_secret(),
+                    id_token
+                ),
+                expected,
+                "{answer}"
+            );
             let expected = json!({"grant_type": "refresh_token", "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
                 "refresh_token": "old-refresh", "scope": "openid profile email"});
             assert_eq!(asked, expected);
@@ -211,41 +262,124 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         drop(listener);
-        let error = refresh(&fake::client(), &url, &"old-refresh".into()).await.unwrap_err();
-        assert_eq!(error, RefreshError::Transient { dispatched: false, reason: "connect".to_owned() });
+        let error = refresh(&fake::client(), &url, &"old-refresh".into())
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error,
+            RefreshError::Transient {
+                dispatched: false,
+                reason: "connect".to_owned()
+            }
+        );
     }
 
     #[test]
     fn every_row_of_the_refusals() {
         use Lifecycle::{Deactivated, ReauthRequired};
         let rows = [
-            (400, json!({"error": {"code": "refresh_token_expired"}}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "refresh_token_reused", "type": "invalid_request_error"}}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "refresh_token_invalidated"}}), Ok(ReauthRequired)),
-            (400, json!({"error": "invalid_grant", "error_description": "secret-token"}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "TOKEN_INVALIDATED"}}), Ok(ReauthRequired)),
+            (
+                400,
+                json!({"error": {"code": "refresh_token_expired"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"code": "refresh_token_reused", "type": "invalid_request_error"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"code": "refresh_token_invalidated"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                400,
+                json!({"error": "invalid_grant", "error_description": "secret-token"}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"code": "TOKEN_INVALIDATED"}}),
+                Ok(ReauthRequired),
+            ),
             (401, json!({"code": "token_expired"}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "app_session_terminated"}}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "account_session_expired"}}), Ok(ReauthRequired)),
-            (401, json!({"error": {"code": "account_auth_invalidated"}}), Ok(ReauthRequired)),
-            (403, json!({"error": {"code": "account_deactivated"}}), Ok(Deactivated)),
-            (403, json!({"error": {"code": "account_suspended"}}), Ok(Deactivated)),
-            (403, json!({"error": {"code": "account_deleted"}}), Ok(Deactivated)),
-            (400, json!({"error": "invalid_request"}), Err("400 invalid_request")),
-            (401, json!({"error": {"code": "something_new"}}), Err("401 something_new")),
+            (
+                401,
+                json!({"error": {"code": "app_session_terminated"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"code": "account_session_expired"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"code": "account_auth_invalidated"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                403,
+                json!({"error": {"code": "account_deactivated"}}),
+                Ok(Deactivated),
+            ),
+            (
+                403,
+                json!({"error": {"code": "account_suspended"}}),
+                Ok(Deactivated),
+            ),
+            (
+                403,
+                json!({"error": {"code": "account_deleted"}}),
+                Ok(Deactivated),
+            ),
+            (
+                400,
+                json!({"error": "invalid_request"}),
+                Err("400 invalid_request"),
+            ),
+            (
+                401,
+                json!({"error": {"code": "something_new"}}),
+                Err("401 something_new"),
+            ),
             (401, json!({"error": {"code": "rt_5ecret"}}), Err("401")),
             (401, json!("no object"), Err("401")),
-            (404, json!({"error": "invalid_grant"}), Err("404 invalid_grant")),
-            (429, json!({"error": {"code": "rate_limit_exceeded"}}), Err("429 rate_limit_exceeded")),
-            (500, json!({"error": {"code": "refresh_token_reused"}}), Err("500 refresh_token_reused")),
+            (
+                404,
+                json!({"error": "invalid_grant"}),
+                Err("404 invalid_grant"),
+            ),
+            (
+                429,
+                json!({"error": {"code": "rate_limit_exceeded"}}),
+                Err("429 rate_limit_exceeded"),
+            ),
+            (
+                500,
+                json!({"error": {"code": "refresh_token_reused"}}),
+                Err("500 refresh_token_reused"),
+            ),
             (302, json!(null), Err("302")),
         ];
         for (status, body, expected) in rows {
-            let error = refused(StatusCode::from_u16(status).unwrap(), body.to_string().as_bytes());
+            let error = refused(
+                StatusCode::from_u16(status).unwrap(),
+                body.to_string().as_bytes(),
+            );
             assert!(!error.to_string().contains("ecret"), "{error}");
             match (&error, expected) {
-                (RefreshError::Refused { lifecycle, .. }, Ok(expected)) => assert_eq!(*lifecycle, expected, "{status} {body}"),
-                (RefreshError::Transient { dispatched: true, reason }, Err(expected)) => assert_eq!(reason, expected, "{status} {body}"),
+                (RefreshError::Refused { lifecycle, .. }, Ok(expected)) => {
+                    assert_eq!(*lifecycle, expected, "{status} {body}")
+                }
+                (
+                    RefreshError::Transient {
+                        dispatched: true,
+                        reason,
+                    },
+                    Err(expected),
+                ) => assert_eq!(reason, expected, "{status} {body}"),
                 _ => panic!("{status} {body}: {error}"),
             }
         }

@@ -64,7 +64,11 @@ pub(super) async fn keep(
 }
 
 /// One snapshot. `counters` carries the turns in flight from snapshot to snapshot.
-fn build(entries: &[AccountEntry], quota: &Quota, counters: &mut HashMap<AccountId, Arc<AtomicU32>>) -> View {
+fn build(
+    entries: &[AccountEntry],
+    quota: &Quota,
+    counters: &mut HashMap<AccountId, Arc<AtomicU32>>,
+) -> View {
     let accounts: BTreeMap<AccountId, Account> = entries
         .iter()
         .map(|entry| {
@@ -82,5 +86,7 @@ fn build(entries: &[AccountEntry], quota: &Quota, counters: &mut HashMap<Account
         })
         .collect();
     counters.retain(|id, _| accounts.contains_key(id));
-    View { accounts: accounts.into_values().collect() }
+    View {
+        accounts: accounts.into_values().collect(),
+    }
 }

@@ -39,25 +39,54 @@ impl Upstream {
     ///
     /// # Errors
     /// Classified: upstream's refusal of the handshake, or what the network did.
-    pub async fn connect(&self, account: AccountId, credential: &Credential, mut headers: HeaderMap) -> Result<Socket, Failure> {
+    pub async fn connect(
+        &self,
+        account: AccountId,
+        credential: &Credential,
+        mut headers: HeaderMap,
+    ) -> Result<Socket, Failure> {
         let key = generate_key();
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        headers.insert(header::SEC_WEBSOCKET_KEY, HeaderValue::from_str(&key).expect("base64 is ASCII"));
+        headers.insert(
+            header::SEC_WEBSOCKET_VERSION,
+            HeaderValue::from_static("13"),
+        );
+        headers.insert(
+            header::SEC_WEBSOCKET_KEY,
+            HeaderValue::from_str(&key).expect("base64 is ASCII"),
+        );
         authorize(&mut headers, credential);
-        let request = self.client.get(format!("{}/codex/responses", self.base)).headers(headers);
+        let request = self
+            .client
+            .get(format!("{}/codex/responses", self.base))
+            .headers(headers);
         let response = self.head(account, request).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.refused(response).await);
         }
         let headers = response.headers().clone();
-        if headers.get(header::SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| accept != derive_accept_key(key.as_bytes()).as_str()) {
-            return Err(Failure::local(Class::Network, "Upstream answered the handshake wrongly", self.now()));
+        if headers
+            .get(header::SEC_WEBSOCKET_ACCEPT)
+            .is_none_or(|accept| accept != derive_accept_key(key.as_bytes()).as_str())
+        {
+            return Err(Failure::local(
+                Class::Network,
+                "Upstream answered the handshake wrongly",
+                self.now(),
+            ));
         }
-        let upgraded = response.upgrade().await.map_err(|error| network(&error, self.now()))?;
+        let upgraded = response
+            .upgrade()
+            .await
+            .map_err(|error| network(&error, self.now()))?;
         let stream = WebSocketStream::from_raw_socket(upgraded, Role::Client, Some(config())).await;
-        Ok(Socket { stream, headers, opened: Instant::now(), clock: self.clock.clone() })
+        Ok(Socket {
+            stream,
+            headers,
+            opened: Instant::now(),
+            clock: self.clock.clone(),
+        })
     }
 }
 
@@ -86,7 +115,10 @@ impl Socket {
     /// # Errors
     /// If the connection is lost; the frame may or may not have arrived.
     pub async fn send(&mut self, text: Utf8Bytes) -> Result<(), Failure> {
-        self.stream.send(Message::Text(text)).await.map_err(|error| self.broken(&error))
+        self.stream
+            .send(Message::Text(text))
+            .await
+            .map_err(|error| self.broken(&error))
     }
 
     /// The next text frame; `None` when upstream closed the socket. Pings are answered here, so an idle socket must be polled too.
@@ -99,7 +131,10 @@ impl Socket {
             match self.stream.next().await {
                 Some(Ok(Message::Text(text))) => return Ok(Some(text)),
                 Some(Ok(Message::Close(Some(frame)))) if frame.code == CloseCode::Size => {
-                    return Err(Failure::from_close(Some(frame.code.into()), self.clock.now().as_second()));
+                    return Err(Failure::from_close(
+                        Some(frame.code.into()),
+                        self.clock.now().as_second(),
+                    ));
                 }
                 Some(Ok(Message::Close(_))) | None => return Ok(None),
                 Some(Ok(_)) => {}
@@ -110,7 +145,10 @@ impl Socket {
 
     /// Says goodbye and waits shortly for the answer.
     pub async fn close(mut self) {
-        let frame = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
+        let frame = CloseFrame {
+            code: CloseCode::Normal,
+            reason: Utf8Bytes::default(),
+        };
         let goodbye = async {
             self.stream.close(Some(frame)).await?;
             while self.stream.next().await.transpose()?.is_some() {}
@@ -122,9 +160,11 @@ impl Socket {
     fn broken(&self, error: &tungstenite::Error) -> Failure {
         let now = self.clock.now().as_second();
         match error {
-            tungstenite::Error::Capacity(_) => {
-                Failure::local(Class::TooLarge, format!("Upstream sent a message over {} MiB", MESSAGE_BYTES >> 20), now)
-            }
+            tungstenite::Error::Capacity(_) => Failure::local(
+                Class::TooLarge,
+                format!("Upstream sent a message over {} MiB", MESSAGE_BYTES >> 20),
+                now,
+            ),
             _ => Failure::truncated(now),
         }
     }

@@ -22,17 +22,29 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("quota", &["db", "bus", "task"]),
     ("api_key", &["db", "bus", "task"]),
     ("ledger", &["db", "bus", "task"]),
-    ("upstream", &["config", "db", "bus", "task", "account", "quota"]),
+    (
+        "upstream",
+        &["config", "db", "bus", "task", "account", "quota"],
+    ),
     (
         "turn",
-        &["config", "db", "bus", "task", "account", "quota", "api_key", "ledger", "replica", "upstream"],
+        &[
+            "config", "db", "bus", "task", "account", "quota", "api_key", "ledger", "replica",
+            "upstream",
+        ],
     ),
     ("error", &["turn"]),
     (
         "ingress",
-        &["config", "db", "error", "turn", "upstream", "account", "quota", "api_key", "ledger", "task"],
+        &[
+            "config", "db", "error", "turn", "upstream", "account", "quota", "api_key", "ledger",
+            "task",
+        ],
     ),
-    ("jobs", &["task", "account", "quota", "ledger", "upstream", "turn"]),
+    (
+        "jobs",
+        &["task", "account", "quota", "ledger", "upstream", "turn"],
+    ),
     ("server", ANY),
     ("cli", ANY),
     ("lib", ANY),
@@ -55,10 +67,18 @@ fn rooms_import_only_what_their_floor_allows() {
             continue;
         };
         for imported in imports(&text) {
-            let everywhere = !FLOOR_0.contains(&room.as_str()) && (FLOOR_0.contains(&imported.as_str()) || ["secret", "telemetry"].contains(&imported.as_str()));
-            let fine = imported == room || everywhere || *allowed == ANY || allowed.contains(&imported.as_str());
+            let everywhere = !FLOOR_0.contains(&room.as_str())
+                && (FLOOR_0.contains(&imported.as_str())
+                    || ["secret", "telemetry"].contains(&imported.as_str()));
+            let fine = imported == room
+                || everywhere
+                || *allowed == ANY
+                || allowed.contains(&imported.as_str());
             if rooms.contains_key(imported.as_str()) && !fine {
-                wrong.push(format!("{}: {room} may not import {imported}", path.display()));
+                wrong.push(format!(
+                    "{}: {room} may not import {imported}",
+                    path.display()
+                ));
             }
         }
     }
@@ -72,7 +92,14 @@ fn floor_0_is_pure() {
         if !["protocol", "routing"].contains(&room(&path).as_str()) {
             continue;
         }
-        for forbidden in ["tokio::", "reqwest::", "std::time::Instant", "Timestamp::now", "std::net", "std::fs"] {
+        for forbidden in [
+            "tokio::",
+            "reqwest::",
+            "std::time::Instant",
+            "Timestamp::now",
+            "std::net",
+            "std::fs",
+        ] {
             if without_tests(&text).contains(forbidden) {
                 wrong.push(format!("{}: {forbidden}", path.display()));
             }
@@ -83,21 +110,38 @@ fn floor_0_is_pure() {
 
 #[test]
 fn sql_stands_in_stores_and_in_db() {
-    let verbs = ["select ", "insert into ", "update ", "delete from ", "with "];
+    let verbs = [
+        "select ",
+        "insert into ",
+        "update ",
+        "delete from ",
+        "with ",
+    ];
     let mut wrong = Vec::new();
     for (path, text) in sources() {
         if path.ends_with("store.rs") || room(&path) == "db" {
             continue;
         }
         for (number, line) in without_tests(&text).lines().enumerate() {
-            let quoted = line.trim_start().trim_start_matches(|c| c == 'r' || c == '#');
+            let quoted = line
+                .trim_start()
+                .trim_start_matches(|c| c == 'r' || c == '#');
             let code = !line.trim_start().starts_with("//");
-            if code && verbs.iter().any(|verb| quoted.starts_with(&format!("\"{verb}")) || line.contains(&format!("= \"{verb}"))) {
+            if code
+                && verbs.iter().any(|verb| {
+                    quoted.starts_with(&format!("\"{verb}"))
+                        || line.contains(&format!("= \"{verb}"))
+                })
+            {
                 wrong.push(format!("{}:{}", path.display(), number + 1));
             }
         }
     }
-    assert!(wrong.is_empty(), "SQL outside a store:\n{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "SQL outside a store:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]
@@ -152,7 +196,12 @@ fn sources() -> Vec<(PathBuf, String)> {
 }
 
 fn room(path: &Path) -> String {
-    let first = path.components().next().unwrap().as_os_str().to_string_lossy();
+    let first = path
+        .components()
+        .next()
+        .unwrap()
+        .as_os_str()
+        .to_string_lossy();
     first.trim_end_matches(".rs").to_owned()
 }
 
@@ -181,7 +230,12 @@ fn imports(text: &str) -> Vec<String> {
             None => rooms.push(rest.to_owned()),
         }
     }
-    let head = |name: String| name.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let head = |name: String| {
+        name.trim()
+            .chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect::<String>()
+    };
     rooms.into_iter().map(head).collect()
 }
 

@@ -8,29 +8,37 @@ use crate::support::house::{House, codex_body, events, text_of};
 #[tokio::test]
 async fn a_codex_turn_streams_and_is_booked_before_its_end() {
     let house = House::start().await;
+    house.learn_limits().await;
     let response = house.codex_turn("thread-1", "turn-1", "say hi").await;
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], "text/event-stream");
-    assert!(response.headers().contains_key("x-codex-primary-used-percent"));
+    assert!(
+        response
+            .headers()
+            .contains_key("x-codex-primary-used-percent")
+    );
     assert!(response.headers().contains_key("x-request-id"));
-    assert!(!response.headers().contains_key("x-codex-turn-state"), "upstream's turn state is not the client's");
+    assert!(
+        !response.headers().contains_key("x-codex-turn-state"),
+        "upstream's turn state is not the client's"
+    );
     let events = events(response).await;
     assert_eq!(events[0]["type"], "response.created");
     assert_eq!(text_of(&events), "echo: say hi..");
     assert_eq!(events.last().unwrap()["type"], "response.completed");
 
     // The terminal event waited for the settlement: the row is there without waiting.
-    let turns = house.turns().await;
-    let attempt = &house.upstream.attempts()[0];
-    let usage = attempt.usage.unwrap();
-    assert_eq!(turns.len(), 1);
-    assert_eq!(turns[0]["state"], "settled");
-    assert_eq!(turns[0]["outcome"], "completed");
-    assert_eq!(turns[0]["input_tokens"], usage.input);
-    assert_eq!(turns[0]["output_tokens"], usage.output);
-    assert_eq!(turns[0]["estimated"], false);
-    assert!(turns[0]["cost_nanodollars"].as_i64().unwrap() > 0);
-    assert_eq!(turns[0]["client_turn_id"], "turn-1");
+    let turn = house.turns().await.pop().unwrap();
+    let usage = house.upstream.attempts()[1].usage.unwrap();
+    assert_eq!(turn["client_turn_id"], "turn-1");
+    assert_eq!(turn["state"], "settled");
+    assert_eq!(turn["outcome"], "completed");
+    assert_eq!(turn["input_tokens"], usage.input);
+    assert_eq!(turn["cached_input_tokens"], usage.cached);
+    assert_eq!(turn["output_tokens"], usage.output);
+    assert_eq!(turn["reasoning_tokens"], usage.reasoning);
+    assert_eq!(turn["estimated"], false);
+    assert!(turn["cost_nanodollars"].as_i64().unwrap() > 0);
     assert_eq!(house.upstream.violations(), [""; 0]);
     assert!(house.stop().await);
 }
@@ -48,10 +56,18 @@ async fn upstream_sees_the_client_as_it_is_and_no_credential_of_ours() {
         .json(&codex_body("hi"));
     events(request.send().await.unwrap()).await;
     let headers = &house.upstream.attempts()[0].headers;
-    assert_eq!(headers["user-agent"], "codex_exec/0.169.0 (Debian 12.0.0; x86_64)");
+    assert_eq!(
+        headers["user-agent"],
+        "codex_exec/0.169.0 (Debian 12.0.0; x86_64)"
+    );
     assert_eq!(headers["originator"], "codex_exec");
     assert_eq!(headers["chatgpt-account-id"], "acct-alice");
-    for absent in ["x-codex-turn-state", "cookie", "x-forwarded-for", "x-drawbridge-key"] {
+    for absent in [
+        "x-codex-turn-state",
+        "cookie",
+        "x-forwarded-for",
+        "x-drawbridge-key",
+    ] {
         assert!(!headers.contains_key(absent), "{absent}");
     }
     assert!(!headers["authorization"].contains("dbk_"));
@@ -61,7 +77,12 @@ async fn upstream_sees_the_client_as_it_is_and_no_credential_of_ours() {
 async fn an_sdk_request_is_made_fit_for_upstream_and_collected() {
     let house = House::start().await;
     let body = json!({ "model": "gpt-5.5", "input": "say hi", "temperature": 0.5, "max_output_tokens": 100, "store": true });
-    let response = house.post("/v1/responses").json(&body).send().await.unwrap();
+    let response = house
+        .post("/v1/responses")
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.status(), 200);
     let answer: Value = response.json().await.unwrap();
     assert_eq!(answer["object"], "response");
@@ -77,21 +98,44 @@ async fn an_sdk_request_is_made_fit_for_upstream_and_collected() {
 async fn an_sdk_stream_keeps_the_contract() {
     let house = House::start().await;
     let body = json!({ "model": "gpt-5.5", "input": "say hi", "stream": true });
-    let events = events(house.post("/v1/responses").json(&body).send().await.unwrap()).await;
+    let events = events(
+        house
+            .post("/v1/responses")
+            .json(&body)
+            .send()
+            .await
+            .unwrap(),
+    )
+    .await;
     assert_eq!(events[0]["type"], "response.created");
-    assert!(events.iter().all(|event| !event["type"].as_str().unwrap().starts_with("codex.")));
+    assert!(
+        events
+            .iter()
+            .all(|event| !event["type"].as_str().unwrap().starts_with("codex."))
+    );
     assert!(events.iter().all(|event| event["sequence_number"].is_i64()));
-    assert_eq!(events.last().unwrap()["response"]["output"][0]["type"], "message");
+    assert_eq!(
+        events.last().unwrap()["response"]["output"][0]["type"],
+        "message"
+    );
 }
 
 #[tokio::test]
 async fn an_account_at_its_limit_hands_over_to_the_next_and_the_client_sees_nothing() {
     let house = House::with(&["alice", "bob"]).await;
-    house.upstream.fault(Fault::once(Kind::RateLimit { resets_in: 3600 }));
+    house
+        .upstream
+        .fault(Fault::once(Kind::RateLimit { resets_in: 3600 }));
     let events = events(house.codex_turn("t", "turn-1", "hi").await).await;
     assert_eq!(text_of(&events), "echo: hi..");
     let attempts = house.upstream.attempts();
-    assert_eq!(attempts.iter().map(|attempt| attempt.status).collect::<Vec<_>>(), [429, 200]);
+    assert_eq!(
+        attempts
+            .iter()
+            .map(|attempt| attempt.status)
+            .collect::<Vec<_>>(),
+        [429, 200]
+    );
     assert_ne!(attempts[0].account, attempts[1].account);
     let turns = house.turns().await;
     assert_eq!(turns.len(), 1);
@@ -101,17 +145,29 @@ async fn an_account_at_its_limit_hands_over_to_the_next_and_the_client_sees_noth
     for turn in ["turn-2", "turn-3", "turn-4"] {
         house.codex_turn(turn, turn, "hi").await;
     }
-    assert!(house.upstream.attempts()[2..].iter().all(|attempt| attempt.account == attempts[1].account));
+    assert!(
+        house.upstream.attempts()[2..]
+            .iter()
+            .all(|attempt| attempt.account == attempts[1].account)
+    );
 }
 
 #[tokio::test]
 async fn an_exhausted_pool_is_a_429_with_the_earliest_reset_before_the_stream() {
     let house = House::with(&["alice", "bob"]).await;
-    house.upstream.fault(Fault::once(Kind::RateLimit { resets_in: 7200 }).at("alice"));
-    house.upstream.fault(Fault::once(Kind::RateLimit { resets_in: 3600 }).at("bob"));
+    house
+        .upstream
+        .fault(Fault::once(Kind::RateLimit { resets_in: 7200 }).at("alice"));
+    house
+        .upstream
+        .fault(Fault::once(Kind::RateLimit { resets_in: 3600 }).at("bob"));
     let response = house.codex_turn("t", "turn-1", "hi").await;
     assert_eq!(response.status(), 429);
-    assert!(response.headers().contains_key("x-codex-primary-used-percent"));
+    assert!(
+        response
+            .headers()
+            .contains_key("x-codex-primary-used-percent")
+    );
     let error: Value = response.json().await.unwrap();
     assert_eq!(error["error"]["type"], "usage_limit_reached");
     let now = jiff::Zoned::now().timestamp().as_second();
@@ -133,22 +189,43 @@ async fn an_expired_token_is_refreshed_once_and_the_turn_goes_on() {
 #[tokio::test]
 async fn server_errors_are_repeated_and_then_go_elsewhere() {
     let house = House::with(&["alice", "bob"]).await;
-    house.upstream.fault(Fault::once(Kind::Status(500, "server_error".into())).times(3));
+    house
+        .upstream
+        .fault(Fault::once(Kind::Status(500, "server_error".into())).times(3));
     let events = events(house.codex_turn("t", "turn-1", "hi").await).await;
     assert_eq!(text_of(&events), "echo: hi..");
-    let accounts: Vec<_> = house.upstream.attempts().iter().map(|attempt| attempt.account.clone()).collect();
+    let accounts: Vec<_> = house
+        .upstream
+        .attempts()
+        .iter()
+        .map(|attempt| attempt.account.clone())
+        .collect();
     assert_eq!(accounts.len(), 4);
-    assert!(accounts[0] == accounts[1] && accounts[1] == accounts[2] && accounts[2] != accounts[3], "{accounts:?}");
+    assert!(
+        accounts[0] == accounts[1] && accounts[1] == accounts[2] && accounts[2] != accounts[3],
+        "{accounts:?}"
+    );
 }
 
 #[tokio::test]
 async fn a_cut_before_anything_visible_is_repeated_and_leaves_no_trace() {
-    for stage in [Stage::BeforeHeaders, Stage::BeforeCreated, Stage::AfterCreated] {
+    for stage in [
+        Stage::BeforeHeaders,
+        Stage::BeforeCreated,
+        Stage::AfterCreated,
+    ] {
         let house = House::with(&["alice", "bob"]).await;
         house.upstream.fault(Fault::once(Kind::Cut(stage)));
         let events = events(house.codex_turn("t", "turn-1", "hi").await).await;
         assert_eq!(text_of(&events), "echo: hi..", "{stage:?}");
-        assert_eq!(events.iter().filter(|event| event["type"] == "response.created").count(), 1, "{stage:?}");
+        assert_eq!(
+            events
+                .iter()
+                .filter(|event| event["type"] == "response.created")
+                .count(),
+            1,
+            "{stage:?}"
+        );
         assert_eq!(house.turns().await[0]["outcome"], "completed");
     }
 }
@@ -161,7 +238,10 @@ async fn a_cut_after_something_visible_ends_with_one_well_formed_failure() {
         let events = events(house.codex_turn("t", "turn-1", "hi").await).await;
         let last = events.last().unwrap();
         assert_eq!(last["type"], "response.failed", "{stage:?}");
-        assert_eq!(last["response"]["error"]["code"], "upstream_premature_close");
+        assert_eq!(
+            last["response"]["error"]["code"],
+            "upstream_premature_close"
+        );
         assert!(last["sequence_number"].is_i64());
         assert_eq!(house.upstream.attempts().len(), 1, "never replayed");
         let turns = house.turns().await;
@@ -173,8 +253,15 @@ async fn a_cut_after_something_visible_ends_with_one_well_formed_failure() {
 #[tokio::test]
 async fn a_collected_request_that_is_cut_fails_fast_with_504() {
     let house = House::with(&["alice", "bob"]).await;
-    house.upstream.fault(Fault::once(Kind::End(Stage::BeforeTerminal)));
-    let response = house.post("/v1/responses").json(&json!({ "model": "gpt-5.5", "input": "hi" })).send().await.unwrap();
+    house
+        .upstream
+        .fault(Fault::once(Kind::End(Stage::BeforeTerminal)));
+    let response = house
+        .post("/v1/responses")
+        .json(&json!({ "model": "gpt-5.5", "input": "hi" }))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.status(), 504);
     let error: Value = response.json().await.unwrap();
     assert_eq!(error["error"]["code"], "upstream_premature_close");
@@ -184,7 +271,9 @@ async fn a_collected_request_that_is_cut_fails_fast_with_504() {
 #[tokio::test]
 async fn a_retry_of_the_client_is_an_attempt_of_the_same_turn() {
     let house = House::start().await;
-    house.upstream.fault(Fault::once(Kind::Cut(Stage::Visible)).times(2));
+    house
+        .upstream
+        .fault(Fault::once(Kind::Cut(Stage::Visible)).times(2));
     for _ in 0..3 {
         events(house.codex_turn("t", "turn-1", "hi").await).await;
     }
@@ -198,11 +287,16 @@ async fn a_retry_of_the_client_is_an_attempt_of_the_same_turn() {
 #[tokio::test]
 async fn a_client_that_leaves_cancels_upstream_and_is_booked_as_cancelled() {
     let house = House::start().await;
-    house.upstream.fault(Fault::once(Kind::Silence(Stage::Visible)));
+    house
+        .upstream
+        .fault(Fault::once(Kind::Silence(Stage::Visible)));
     let mut response = house.codex_turn("t", "turn-1", "hi").await;
     assert!(response.chunk().await.unwrap().is_some());
     drop(response);
-    house.upstream.wait("the cut", |state| state.attempts[0].cut).await;
+    house
+        .upstream
+        .wait("the cut", |state| state.attempts[0].cut)
+        .await;
     house.server_idle().await;
     let turns = house.turns().await;
     assert_eq!(turns[0]["outcome"], "cancelled");
@@ -213,10 +307,19 @@ async fn a_client_that_leaves_cancels_upstream_and_is_booked_as_cancelled() {
 async fn a_conversation_stays_with_its_account() {
     let house = House::with(&["alice", "bob", "carol"]).await;
     for turn in 0..6 {
-        events(house.codex_turn("thread-1", &format!("turn-{turn}"), "hi").await).await;
+        events(
+            house
+                .codex_turn("thread-1", &format!("turn-{turn}"), "hi")
+                .await,
+        )
+        .await;
     }
-    let accounts: std::collections::BTreeSet<_> =
-        house.upstream.attempts().iter().map(|attempt| attempt.account.clone()).collect();
+    let accounts: std::collections::BTreeSet<_> = house
+        .upstream
+        .attempts()
+        .iter()
+        .map(|attempt| attempt.account.clone())
+        .collect();
     assert_eq!(accounts.len(), 1);
 }
 
@@ -224,7 +327,12 @@ async fn a_conversation_stays_with_its_account() {
 async fn previous_response_id_over_http_is_answered_truthfully() {
     let house = House::start().await;
     let body = json!({ "model": "gpt-5.5", "input": "hi", "previous_response_id": "resp_1" });
-    let response = house.post("/v1/responses").json(&body).send().await.unwrap();
+    let response = house
+        .post("/v1/responses")
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.status(), 400);
     let error: Value = response.json().await.unwrap();
     assert_eq!(error["error"]["code"], "previous_response_not_found");

@@ -2,9 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod architecture;
+mod codex;
 mod embedded;
 mod http;
-mod quota;
 mod keys;
 mod ledger;
+mod quota;
 mod support;
+mod websocket;

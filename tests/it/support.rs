@@ -1,5 +1,7 @@
 //! What the tests stand on.
 
+pub(crate) mod codex;
+pub(crate) mod codex_socket;
 pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;

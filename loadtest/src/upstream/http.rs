@@ -1,6 +1,6 @@
 //! Responses over HTTP, the catalogue and the usage document.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -131,6 +131,8 @@ fn stream(shared: Arc<Shared>, n: usize, answer: Answer, fault: Option<Kind>) ->
         if let Err(cut) = ended {
             shared.attempt(n, |attempt| attempt.cut = true);
             if cut {
+                // What was written before must have left the buffers: breaking a body throws away what has not.
+                tokio::time::sleep(Duration::from_millis(30)).await;
                 drop(sender.send(Err(std::io::Error::other("cut"))).await);
             }
         }

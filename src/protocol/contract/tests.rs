@@ -1,3 +1,5 @@
+//! The contract, rule by rule.
+
 use http::{HeaderMap, HeaderValue};
 use proptest::prelude::*;
 use serde_json::{Value, json};

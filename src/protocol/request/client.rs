@@ -106,7 +106,13 @@ mod tests {
 
     #[test]
     fn what_is_no_metadata_says_nothing() {
-        for raw in ["null", "[]", "7", r#"{"thread_id":7}"#, r#"{"x-codex-turn-metadata":"{oops"}"#] {
+        for raw in [
+            "null",
+            "[]",
+            "7",
+            r#"{"thread_id":7}"#,
+            r#"{"x-codex-turn-metadata":"{oops"}"#,
+        ] {
             assert_eq!(Client::of_metadata(raw), Client::default(), "{raw}");
         }
     }

@@ -26,11 +26,6 @@ pub(super) fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// Whether a raw value is null.
-pub(super) fn is_null(raw: &str) -> bool {
-    raw == "null"
-}
-
 #[derive(Debug)]
 enum Edit {
     Keep,
@@ -50,7 +45,7 @@ struct Member<'a> {
 pub(super) struct Container<'a> {
     text: &'a str,
     members: Vec<Member<'a>>,
-    added: Vec<String>,
+    added: Vec<(String, String)>, // the key is empty in an array
 }
 
 impl<'a> Container<'a> {
@@ -88,7 +83,7 @@ impl<'a> Container<'a> {
 
     /// The original value of `key`, if it says anything.
     pub(super) fn present(&self, key: &str) -> Option<&'a str> {
-        self.get(key).filter(|raw| !is_null(raw))
+        self.get(key).filter(|raw| *raw != "null")
     }
 
     /// The original value of `key`, if it is a string.
@@ -106,20 +101,23 @@ impl<'a> Container<'a> {
         self.members.iter().map(|member| member.value)
     }
 
+    /// Without a member of its own.
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
     /// Makes `json` the value of `key`, where it stands or else at the end.
     pub(super) fn set(&mut self, key: &str, json: impl Into<String>) {
-        let json = json.into();
+        self.remove(key);
         match self.members.iter().rposition(|member| member.key == key) {
-            Some(last) => {
-                self.remove(key);
-                self.set_at(last, json);
-            }
-            None => self.added.push(format!("{}:{json}", quoted(key))),
+            Some(last) => self.set_at(last, json.into()),
+            None => self.added.push((key.to_owned(), json.into())),
         }
     }
 
     /// Takes out every `key`.
     pub(super) fn remove(&mut self, key: &str) {
+        self.added.retain(|(added, _)| added != key);
         for member in self.members.iter_mut().filter(|member| member.key == key) {
             member.edit = Edit::Drop;
         }
@@ -142,7 +140,7 @@ impl<'a> Container<'a> {
 
     /// Adds an element to an array.
     pub(super) fn push(&mut self, json: String) {
-        self.added.push(json);
+        self.added.push((String::new(), json));
     }
 
     /// The edited text; `None` where no edit was needed.
@@ -169,11 +167,15 @@ impl<'a> Container<'a> {
             out.push_str(value);
             first = false;
         }
-        for added in &self.added {
+        for (key, json) in &self.added {
             if !first {
                 out.push(',');
             }
-            out.push_str(added);
+            if !key.is_empty() {
+                out.push_str(&quoted(key));
+                out.push(':');
+            }
+            out.push_str(json);
             first = false;
         }
         out.push_str(&self.text[from..]);
@@ -224,5 +226,69 @@ impl<'de> Visitor<'de> for Reader {
             });
         }
         Ok(members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edit_leaves_the_other_members_as_they_are() {
+        type Change = fn(&mut Container<'_>);
+        let cases: [(&str, Change, Option<&str>); 9] = [
+            (r#"{ "a" : 1 }"#, |_| {}, None),
+            (r#"{"a":1}"#, |object| object.set("a", "1"), None),
+            (
+                r#"{ "a" : 1 }"#,
+                |object| object.set("a", "2"),
+                Some(r#"{ "a" : 2 }"#),
+            ),
+            ("{ }", |object| object.set("b", "2"), Some(r#"{"b":2 }"#)),
+            (
+                r#"{"a":1 , "b" : 2}"#,
+                |object| object.remove("a"),
+                Some(r#"{ "b" : 2}"#),
+            ),
+            (
+                r#"{"a":1 , "b" : 2 }"#,
+                |object| object.remove("b"),
+                Some(r#"{"a":1 }"#),
+            ),
+            (
+                r#"{"a":1,"b":2,"a":3}"#,
+                |object| object.set("a", "4"),
+                Some(r#"{"b":2,"a":4}"#),
+            ),
+            (
+                r#"{"\u0061":",}"}"#,
+                |object| object.remove("a"),
+                Some("{}"),
+            ),
+            (
+                r#"{"a":[{}]}"#,
+                |object| {
+                    object.set("b", "2");
+                    object.set("b", "3");
+                    object.set("c", "4");
+                    object.remove("c");
+                },
+                Some(r#"{"a":[{}],"b":3}"#),
+            ),
+        ];
+        for (text, change, expected) in cases {
+            let mut object = Container::object(text).unwrap();
+            change(&mut object);
+            assert_eq!(object.finish().as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_edited_by_index() {
+        let mut array = Container::array(" [1, 2 ,3] ").unwrap();
+        array.remove_at(0);
+        array.set_at(2, "4".to_owned());
+        array.push("5".to_owned());
+        assert_eq!(array.finish().as_deref(), Some(" [ 2 ,4,5] "));
     }
 }

@@ -1,3 +1,5 @@
+//! The rules of merging, one row or property each.
+
 use proptest::prelude::*;
 
 use super::*;

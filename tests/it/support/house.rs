@@ -64,10 +64,16 @@ impl House {
 
     /// These accounts, one key.
     pub(crate) async fn with(accounts: &'static [&'static str]) -> Self {
-        Self::planned(Plan { accounts, ..Plan::default() }).await
+        Self::planned(Plan {
+            accounts,
+            ..Plan::default()
+        })
+        .await
     }
 
     pub(crate) async fn planned(plan: Plan) -> Self {
+        // reqwest asks for one, even where no TLS is spoken; only the first call counts.
+        drop(rustls::crypto::ring::default_provider().install_default());
         let test = TestDb::migrated(async |url| {
             migrate(&Endpoint::parse(&url).unwrap()).await.unwrap();
         })
@@ -82,12 +88,25 @@ impl House {
         for name in plan.accounts {
             import(&accounts, &upstream, name).await;
         }
-        let key = if plan.key { Some(create_key(&db, &installation, "test", Grants::default()).await) } else { None };
+        let key = if plan.key {
+            Some(create_key(&db, &installation, "test", Grants::default()).await)
+        } else {
+            None
+        };
         let config = config(&plan, &upstream);
         let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (client, admin) = (listen().await, listen().await);
         let own = Db::new(&endpoint, &endpoint).unwrap();
-        let server = Server::start(&config, own, ring.clone(), installation.clone(), client, admin).await.unwrap();
+        let server = Server::start(
+            &config,
+            own,
+            ring.clone(),
+            installation.clone(),
+            client,
+            admin,
+        )
+        .await
+        .unwrap();
         Self {
             upstream,
             server,
@@ -131,21 +150,36 @@ impl House {
 
     /// A turn as the Codex CLI asks for it over HTTP.
     pub(crate) async fn codex_turn(&self, thread: &str, turn: &str, text: &str) -> Response {
-        let request = self.post("/backend-api/codex/responses").header("thread-id", thread).header("session-id", thread);
+        let request = self
+            .post("/backend-api/codex/responses")
+            .header("thread-id", thread)
+            .header("session-id", thread);
         let metadata = json!({ "turn_id": turn, "thread_id": thread, "session_id": thread, "request_kind": "turn" });
-        request.header("x-codex-turn-metadata", metadata.to_string()).json(&codex_body(text)).send().await.unwrap()
+        request
+            .header("x-codex-turn-metadata", metadata.to_string())
+            .json(&codex_body(text))
+            .send()
+            .await
+            .unwrap()
     }
 
     /// Accounts of this house.
     pub(crate) fn accounts(&self) -> Accounts {
-        Accounts::new(self.db.clone(), self.ring.clone(), self.installation.pepper.clone())
+        Accounts::new(
+            self.db.clone(),
+            self.ring.clone(),
+            self.installation.pepper.clone(),
+        )
     }
 
     /// The id of an account by the name it has upstream.
     pub(crate) async fn account_id(&self, name: &str) -> AccountId {
         let row = self
             .client
-            .query_one("select account_id::text from accounts where chatgpt_account_id = $1", &[&format!("acct-{name}")])
+            .query_one(
+                "select account_id::text from accounts where chatgpt_account_id = $1",
+                &[&format!("acct-{name}")],
+            )
             .await
             .unwrap();
         row.get::<_, String>(0).parse().unwrap()
@@ -158,18 +192,53 @@ impl House {
 
     /// The ledger, oldest turn first, as JSON rows.
     pub(crate) async fn turns(&self) -> Vec<Value> {
-        let rows = self.client.query("select to_jsonb(t) from turns t order by turn_id", &[]).await.unwrap();
+        let rows = self
+            .client
+            .query("select to_jsonb(t) from turns t order by turn_id", &[])
+            .await
+            .unwrap();
         rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// Runs one turn and waits until the pool's limits are known from it.
+    pub(crate) async fn learn_limits(&self) {
+        events(self.codex_turn("warm-up", "warm-up", "hi").await).await;
+        let started = std::time::Instant::now();
+        loop {
+            let usage: Value = self
+                .get("/api/codex/usage")
+                .send()
+                .await
+                .unwrap()
+                .json()
+                .await
+                .unwrap();
+            if usage["rate_limit"]["primary_window"].is_object() {
+                return;
+            }
+            assert!(
+                started.elapsed() < Duration::from_secs(10),
+                "the limits never became known: {usage}"
+            );
+        }
     }
 
     /// Waits until no turn runs.
     pub(crate) async fn server_idle(&self) {
-        assert!(self.server.idle(Duration::from_secs(10)).await, "a turn does not end");
+        assert!(
+            self.server.idle(Duration::from_secs(10)).await,
+            "a turn does not end"
+        );
     }
 
     /// Drains and stops as on SIGTERM, without the lame duck's waiting.
     pub(crate) async fn stop(self) -> bool {
-        self.server.stop(Drain { delay: Duration::ZERO, grace: Duration::from_secs(10) }).await
+        self.server
+            .stop(Drain {
+                delay: Duration::ZERO,
+                grace: Duration::from_secs(10),
+            })
+            .await
     }
 }
 
@@ -194,13 +263,19 @@ pub(crate) fn codex_body(text: &str) -> Value {
 /// The events of a stream, in order.
 pub(crate) async fn events(response: Response) -> Vec<Value> {
     let text = response.text().await.unwrap();
-    let data = text.split("\n\n").filter_map(|block| block.lines().find_map(|line| line.strip_prefix("data: ")));
-    data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
+    let data = text
+        .split("\n\n")
+        .filter_map(|block| block.lines().find_map(|line| line.strip_prefix("data: ")));
+    data.filter(|data| *data != "[DONE]")
+        .map(|data| serde_json::from_str(data).unwrap())
+        .collect()
 }
 
 /// The text that the model said.
 pub(crate) fn text_of(events: &[Value]) -> String {
-    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let deltas = events
+        .iter()
+        .filter(|event| event["type"] == "response.output_text.delta");
     deltas.filter_map(|event| event["delta"].as_str()).collect()
 }
 
@@ -210,8 +285,15 @@ async fn import(accounts: &Accounts, upstream: &Upstream, name: &str) {
 }
 
 async fn create_key(db: &Db, installation: &Installation, name: &str, grants: Grants) -> String {
-    let new = NewKey { name: name.to_owned(), expires_at: None, scope_of: None, grants };
-    let created = api_key::create(db, &installation.pepper, &new).await.unwrap();
+    let new = NewKey {
+        name: name.to_owned(),
+        expires_at: None,
+        scope_of: None,
+        grants,
+    };
+    let created = api_key::create(db, &installation.pepper, &new)
+        .await
+        .unwrap();
     created.secret.expose_secret().to_owned()
 }
 

@@ -1,0 +1,215 @@
+//! The end of a turn: booked first, then told.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::{Finish, Turn};
+use crate::{
+    account::sticky,
+    ledger::{self, Answer, Outcome, Settlement},
+    protocol::event::Kind,
+    routing, telemetry,
+    turn::{Ask, End, Item, Stop, carrier::Carrier},
+};
+
+/// How long the terminal event waits for its settlement.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
+
+impl Turn<'_> {
+    /// Settles the turn, then lets the client know of its end.
+    pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) {
+        let (outcome, status, reason, code) = match &finish {
+            Finish::Done(terminal, _) if terminal.kind == Kind::Completed => {
+                (Outcome::Completed, 200, None, None)
+            }
+            Finish::Done(..) => (Outcome::Incomplete, 200, None, None),
+            Finish::FailedVisibly(failure, _) => (
+                Outcome::Failed,
+                200,
+                Some(failure.class.name()),
+                failure.code.clone(),
+            ),
+            Finish::Left => (Outcome::Cancelled, 499, Some("client_gone"), None),
+            Finish::Stop(stop) => stop.record(),
+        };
+        let response_id = match &finish {
+            Finish::Done(terminal, _) => terminal
+                .response_id
+                .clone()
+                .or_else(|| self.seen.response_id.clone()),
+            _ => self.seen.response_id.clone(),
+        };
+        let completed = outcome == Outcome::Completed;
+        let sticky = self
+            .preference()
+            .filter(|_| completed && self.ask.request.facts.generate);
+        let total = self.ask.arrived.elapsed();
+        telemetry::turn_ended(
+            self.ask.transport.as_str(),
+            outcome.as_str(),
+            total,
+            self.first_event,
+        );
+        let answer = Answer {
+            outcome,
+            status,
+            reason,
+            error_code: code.map(Into::into),
+            first_event: self.first_event,
+            total,
+            explanation: self
+                .choice
+                .as_ref()
+                .map(|choice| serde_json::to_value(&choice.explanation).unwrap_or(Value::Null)),
+        };
+        if let (Some(preference), Some(key)) = (sticky, self.key) {
+            self.engine
+                .sticky
+                .put(self.ask.caller.scope(), &key, preference.account);
+        }
+        self.log(&answer);
+        match self.opened.take() {
+            None => self.engine.ledger.refuse(&self.ask.record(), &answer),
+            Some(opened) => {
+                let settlement = Settlement {
+                    answer,
+                    response_id: response_id.clone(),
+                    sticky,
+                };
+                let settled =
+                    timeout(SETTLE_TIME, self.engine.ledger.settle(&opened, &settlement)).await;
+                if !matches!(settled, Ok(Ok(_))) {
+                    self.engine.ledger.clone().settle_until_booked(
+                        opened,
+                        settlement,
+                        &self.engine.tasks,
+                    );
+                }
+            }
+        }
+        if completed {
+            carrier.completed(response_id.as_deref());
+        }
+        // The client may be gone; then nobody needs to know.
+        let end = match finish {
+            Finish::Done(_, event) | Finish::FailedVisibly(_, event) => {
+                let _ = self.out.send(Item::Event(event)).await;
+                End::Complete
+            }
+            Finish::Stop(stop) => End::Failed(Box::new(stop)),
+            Finish::Left => return,
+        };
+        let _ = self.out.send(Item::End(end)).await;
+    }
+
+    /// One line per turn.
+    fn log(&self, answer: &Answer) {
+        tracing::info!(
+            turn_id = %self.ask.id,
+            api_key_id = self.ask.caller.api_key().map(tracing::field::display),
+            account_id = self.choice.as_ref().map(|choice| tracing::field::display(choice.account)),
+            model = self.ask.request.facts.model,
+            route = self.ask.route,
+            transport = self.ask.transport.as_str(),
+            outcome = answer.outcome.as_str(),
+            reason = answer.reason,
+            attempts = self.opened.as_ref().map_or(0, |opened| opened.attempts().count()),
+            first_event_ms = answer.first_event.map(|time| time.as_millis()),
+            total_ms = answer.total.as_millis(),
+            "turn"
+        );
+    }
+
+    /// What the ledger writes as the conversation's preference, so that it lasts; a detour leaves it as it was.
+    fn preference(&self) -> Option<ledger::Sticky> {
+        let choice = self
+            .choice
+            .as_ref()
+            .filter(|choice| choice.sticky != routing::Sticky::Detour)?;
+        let key = self.key?;
+        Some(ledger::Sticky {
+            kind: key.kind.as_str(),
+            hash: key.hash,
+            account: choice.account,
+            ttl: key.kind.ttl(),
+        })
+    }
+}
+
+impl Stop {
+    /// How the ledger and the request log describe it.
+    fn record(&self) -> (Outcome, u16, Option<&'static str>, Option<String>) {
+        match self {
+            Self::Upstream(failure, _) => (
+                Outcome::Failed,
+                failure.status.unwrap_or(502),
+                Some(failure.class.name()),
+                failure.code.clone(),
+            ),
+            Self::Exhausted { .. } => (
+                Outcome::Refused,
+                429,
+                Some("exhausted"),
+                Some("usage_limit_reached".into()),
+            ),
+            Self::Nobody { .. } => (
+                Outcome::Refused,
+                503,
+                Some("no_accounts"),
+                Some("no_accounts".into()),
+            ),
+            Self::PreviousResponseNotFound => (
+                Outcome::Refused,
+                400,
+                Some("previous_response_not_found"),
+                Some("previous_response_not_found".into()),
+            ),
+            Self::Unavailable => (
+                Outcome::Refused,
+                503,
+                Some("unbooked"),
+                Some("continuity_unavailable".into()),
+            ),
+            Self::SlowConsumer => (
+                Outcome::SlowConsumer,
+                200,
+                Some("slow_consumer"),
+                Some("slow_consumer".into()),
+            ),
+            Self::Cancelled => (
+                Outcome::Cancelled,
+                503,
+                Some("shutdown"),
+                Some("cancelled".into()),
+            ),
+        }
+    }
+}
+
+/// Where the conversation's preference is kept: by thread, else by session, else by prompt cache key.
+pub(super) fn affinity(ask: &Ask) -> Option<sticky::Key> {
+    let facts = &ask.request.facts;
+    let header = |name: &str| {
+        ask.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned)
+    };
+    let thread = header("thread-id").or_else(|| facts.client.thread_id.clone());
+    let session = || {
+        let named = ["session-id", "session_id", "x-session-id"]
+            .into_iter()
+            .find_map(header);
+        named.or_else(|| facts.client.session_id.clone())
+    };
+    let key = |kind, value: Option<String>| {
+        value
+            .filter(|value| !value.is_empty())
+            .map(|value| sticky::Key::new(kind, &value))
+    };
+    key(sticky::Kind::Thread, thread)
+        .or_else(|| key(sticky::Kind::Session, session()))
+        .or_else(|| key(sticky::Kind::PromptCache, facts.prompt_cache_key.clone()))
+}

@@ -1,0 +1,459 @@
+//! Tokens that upstream takes, for every account of the pool.
+//!
+//! Opened credentials are kept in memory until something about accounts changes. A refresh token can be spent once: however many callers
+//! need fresh tokens, one task per account exchanges it, outlives the callers, and stores the result before anybody uses it. Rows carry a
+//! generation; whoever lost a race adopts the newer one. It knows accounts, not requests, and what happens to an account whose login was
+//! refused is decided by the generation that was refused.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use jiff::{SignedDuration, Timestamp};
+use secrecy::SecretString;
+
+use super::oauth::{self, RefreshError};
+use crate::{
+    account::{self, Accounts, Stored, Tokens},
+    bus::{Bus, Topic},
+    db::Clock,
+    ids::AccountId,
+    routing::Lifecycle,
+    task::Tasks,
+};
+
+/// Tokens are refreshed this long before they expire.
+const LEAD: SignedDuration = SignedDuration::from_mins(5);
+/// ... or when they are this old: a refresh token that is never used ends.
+const AGE: SignedDuration = SignedDuration::from_hours(8 * 24);
+/// A token that could not be refreshed is used until this long before it expires.
+const MARGIN: SignedDuration = SignedDuration::from_secs(30);
+/// After an exchange that did not help there is no other for this long.
+const PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How long a refused replica waits for a peer that may have won the exchange to store its result.
+const RIVAL: Duration = Duration::from_secs(1);
+/// Between two tries to store fresh tokens, doubled each time.
+const STORE_PAUSE: Duration = Duration::from_millis(50);
+const STORE_PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// What a request needs to speak for an account.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// Of the stored row; grows with every rotation.
+    pub generation: i64,
+    /// The bearer token.
+    pub access: SecretString,
+    /// The workspace, as upstream names it.
+    pub chatgpt_account_id: Option<String>,
+}
+
+/// Which credential will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freshness {
+    /// One that has not expired, as far as we know.
+    Any,
+    /// A newer one than this generation: upstream refused it.
+    NotGeneration(i64),
+}
+
+/// Why there is no credential.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CredentialError {
+    /// The account does not exist (any more).
+    #[error("no such account")]
+    Unknown,
+    /// Upstream refused the account's login.
+    #[error("the account needs a new login")]
+    LoginRequired,
+    /// The token endpoint could not be reached or did not help.
+    #[error("the token endpoint does not help at present")]
+    Transient,
+    /// What is stored could not be read or opened, or fresh tokens not be stored.
+    #[error("the stored credential cannot be used")]
+    Db(#[source] Arc<account::Error>),
+}
+
+impl CredentialError {
+    /// Whether only a new login helps.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Unknown | Self::LoginRequired)
+    }
+}
+
+/// The credentials of the pool. Clones share what is known.
+#[derive(Clone)]
+pub struct Credentials(Arc<Inner>);
+
+impl Credentials {
+    /// Starts with nothing in memory and follows what changes about accounts. `auth_url` has no trailing slash.
+    #[must_use]
+    pub fn new(
+        accounts: Accounts,
+        client: reqwest::Client,
+        auth_url: &str,
+        clock: Clock,
+        bus: &Bus,
+        tasks: &Tasks,
+    ) -> Self {
+        let known = Mutex::default();
+        let inner = Arc::new(Inner {
+            accounts,
+            client,
+            auth_url: auth_url.into(),
+            clock,
+            tasks: tasks.clone(),
+            known,
+        });
+        let mut moved = bus.subscribe(Topic::Accounts);
+        let (follower, stop) = (Arc::clone(&inner), tasks.stopping());
+        tasks.essential("credentials", async move {
+            let follow = async {
+                while moved.changed().await.is_some() {
+                    follower.forget();
+                }
+            };
+            stop.run_until_cancelled(follow).await;
+        });
+        Self(inner)
+    }
+
+    /// A credential for an account, refreshed if need be. Does not wait if a good one is in memory; may be cancelled at any time.
+    ///
+    /// # Errors
+    /// If there is none: see [`CredentialError`].
+    pub async fn fresh(
+        &self,
+        account: AccountId,
+        freshness: Freshness,
+    ) -> Result<Arc<Credential>, CredentialError> {
+        loop {
+            let credential = match self.0.look(account, freshness) {
+                Look::Here(credential) => return Ok(credential),
+                Look::Coming(flight) => flight.await?,
+            };
+            // A flight that was under way may have wanted less.
+            if freshness.accepts(credential.generation) {
+                return Ok(credential);
+            }
+        }
+    }
+}
+
+impl Freshness {
+    fn accepts(self, generation: i64) -> bool {
+        match self {
+            Self::Any => true,
+            Self::NotGeneration(refused) => generation > refused,
+        }
+    }
+}
+
+/// A credential and its times.
+#[derive(Clone)]
+struct Opened {
+    credential: Arc<Credential>,
+    refresh_at: Timestamp,
+    usable_until: Timestamp,
+}
+
+impl Opened {
+    fn new(stored: &Stored) -> Self {
+        let expires = stored.access_expires_at.unwrap_or(Timestamp::MAX);
+        Self {
+            credential: Arc::new(Credential {
+                generation: stored.generation,
+                access: stored.access.clone(),
+                chatgpt_account_id: stored.chatgpt_account_id.clone(),
+            }),
+            refresh_at: refresh_at(stored.refreshed_at, expires),
+            usable_until: expires.saturating_sub(MARGIN).unwrap_or(Timestamp::MIN),
+        }
+    }
+}
+
+/// A token that lives shortly is not refreshed before half its life.
+fn refresh_at(refreshed: Timestamp, expires: Timestamp) -> Timestamp {
+    let lead = LEAD
+        .min(expires.duration_since(refreshed) / 2)
+        .max(SignedDuration::ZERO);
+    let aged = refreshed.saturating_add(AGE).unwrap_or(Timestamp::MAX);
+    expires
+        .saturating_sub(lead)
+        .unwrap_or(Timestamp::MIN)
+        .min(aged)
+}
+
+/// One look-up, and the exchange if there must be one, in a task of its own; all who wait for it share it.
+type Flight = Shared<BoxFuture<'static, Result<Arc<Credential>, CredentialError>>>;
+
+enum Look {
+    Here(Arc<Credential>),
+    Coming(Flight),
+}
+
+#[derive(Default)]
+struct Slot {
+    opened: Option<Opened>,
+    flight: Option<Flight>,
+    /// The generation whose exchange did not help, and until when it is left alone.
+    failed: Option<(i64, Timestamp)>,
+}
+
+#[derive(Default)]
+struct Known {
+    /// How often accounts have changed: what was read before a change is not kept after it.
+    epoch: u64,
+    slots: HashMap<AccountId, Slot>,
+}
+
+struct Inner {
+    accounts: Accounts,
+    client: reqwest::Client,
+    auth_url: Box<str>,
+    clock: Clock,
+    tasks: Tasks,
+    known: Mutex<Known>,
+}
+
+impl Inner {
+    /// The credential in memory, or the flight that fetches one.
+    fn look(self: &Arc<Self>, account: AccountId, freshness: Freshness) -> Look {
+        let now = self.clock.now();
+        let mut known = self.known();
+        let epoch = known.epoch;
+        let slot = known.slots.entry(account).or_default();
+        // What upstream refused to one caller is not given to the next.
+        slot.opened
+            .take_if(|opened| !freshness.accepts(opened.credential.generation));
+        if let Some(opened) = &slot.opened {
+            let failed = slot.failed_lately(opened.credential.generation, now);
+            if now < opened.refresh_at || (failed && now < opened.usable_until) {
+                return Look::Here(Arc::clone(&opened.credential));
+            }
+        }
+        if let Some(flight) = &slot.flight {
+            return Look::Coming(flight.clone());
+        }
+        let landing = Landing(Arc::clone(self), account);
+        let task = self.tasks.spawn("credential", async move {
+            landing.0.fetch(account, freshness, epoch).await
+        });
+        let flight = task
+            .map(|ended| ended.unwrap_or(Err(CredentialError::Transient)))
+            .boxed()
+            .shared();
+        slot.flight = Some(flight.clone());
+        Look::Coming(flight)
+    }
+
+    /// Reads what is stored and refreshes it if it is due or was refused.
+    async fn fetch(
+        &self,
+        account: AccountId,
+        freshness: Freshness,
+        epoch: u64,
+    ) -> Result<Arc<Credential>, CredentialError> {
+        let stored = self.read(account).await?;
+        let mut opened = Opened::new(&stored);
+        if !freshness.accepts(stored.generation) || self.clock.now() >= opened.refresh_at {
+            match self.exchange(account, &stored).await {
+                Ok(newer) => opened = newer,
+                // As long as it is good, an old token is better than none.
+                Err(error)
+                    if !error.is_final()
+                        && freshness.accepts(stored.generation)
+                        && self.clock.now() < opened.usable_until => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let credential = Arc::clone(&opened.credential);
+        let mut known = self.known();
+        if known.epoch == epoch {
+            known.slots.entry(account).or_default().opened = Some(opened);
+        }
+        Ok(credential)
+    }
+
+    /// Spends the stored refresh token, and yields what is stored afterwards: always a newer generation.
+    async fn exchange(
+        &self,
+        account: AccountId,
+        stored: &Stored,
+    ) -> Result<Opened, CredentialError> {
+        let generation = stored.generation;
+        let now = self.clock.now();
+        if self
+            .known()
+            .slots
+            .get(&account)
+            .is_some_and(|slot| slot.failed_lately(generation, now))
+        {
+            return Err(CredentialError::Transient);
+        }
+        let ask = || oauth::refresh(&self.client, &self.auth_url, &stored.refresh);
+        let mut answer = ask().await;
+        if matches!(
+            answer,
+            Err(RefreshError::Transient {
+                dispatched: false,
+                ..
+            })
+        ) {
+            answer = ask().await;
+        }
+        match answer {
+            Ok(tokens) => self.store(account, generation, &tokens).await?,
+            Err(RefreshError::Refused { code, lifecycle }) => {
+                tokio::time::sleep(RIVAL).await;
+                match self
+                    .accounts
+                    .set_lifecycle(account, lifecycle, code, generation)
+                    .await
+                {
+                    Ok(true) => {
+                        tracing::warn!(account_id = %account, code, %lifecycle, "upstream refused an account's login")
+                    }
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::warn!(account_id = %account, %error, "cannot note that a login was refused")
+                    }
+                }
+            }
+            Err(error @ RefreshError::Transient { .. }) => {
+                tracing::warn!(account_id = %account, %error, "cannot refresh an account's tokens");
+                let until = self.clock.now() + PAUSE;
+                self.known().slots.entry(account).or_default().failed = Some((generation, until));
+                return Err(CredentialError::Transient);
+            }
+        }
+        let after = self.read(account).await?;
+        if after.generation > generation {
+            Ok(Opened::new(&after))
+        } else {
+            Err(CredentialError::LoginRequired)
+        }
+    }
+
+    /// Stores fresh tokens, unless somebody stored newer ones. The old ones are spent, so to give up is to lose the login: it is tried for
+    /// about a minute.
+    async fn store(
+        &self,
+        account: AccountId,
+        generation: i64,
+        tokens: &Tokens,
+    ) -> Result<(), CredentialError> {
+        let mut pause = STORE_PAUSE;
+        loop {
+            match self
+                .accounts
+                .rotate(account, generation, tokens, None)
+                .await
+            {
+                Ok(_) => return Ok(()),
+                Err(error) if pause > STORE_PAUSE_MAX => {
+                    tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");
+                    return Err(CredentialError::Db(Arc::new(error)));
+                }
+                Err(error) => {
+                    tracing::warn!(account_id = %account, %error, "fresh tokens cannot be stored yet")
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+    }
+
+    /// What is stored of an account that may be logged in.
+    async fn read(&self, account: AccountId) -> Result<Stored, CredentialError> {
+        let stored = self
+            .accounts
+            .credential(account)
+            .await
+            .map_err(|error| CredentialError::Db(Arc::new(error)))?;
+        let stored = stored.ok_or(CredentialError::Unknown)?;
+        match stored.lifecycle {
+            Lifecycle::Active | Lifecycle::Paused => Ok(stored),
+            Lifecycle::ReauthRequired | Lifecycle::Deactivated => {
+                Err(CredentialError::LoginRequired)
+            }
+        }
+    }
+
+    fn forget(&self) {
+        let now = self.clock.now();
+        let mut known = self.known();
+        known.epoch += 1;
+        known.slots.retain(|_, slot| {
+            slot.opened = None;
+            slot.flight.is_some() || slot.failed.is_some_and(|(_, until)| now < until)
+        });
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slot {
+    fn failed_lately(&self, generation: i64, now: Timestamp) -> bool {
+        self.failed
+            .is_some_and(|(failed, until)| failed == generation && now < until)
+    }
+}
+
+/// Ends a flight, also by a panic.
+struct Landing(Arc<Inner>, AccountId);
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        if let Some(slot) = self.0.known().slots.get_mut(&self.1) {
+            slot.flight = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_refreshed_before_it_expires_or_gets_old() {
+        const MINUTE: i64 = 60;
+        const DAY: i64 = 24 * 60 * MINUTE;
+        let at = |seconds: i64| Timestamp::from_second(1_800_000_000 + seconds).unwrap();
+        for (expires, expected) in [
+            (at(60 * MINUTE), at(55 * MINUTE)),
+            (at(4 * MINUTE), at(2 * MINUTE)),
+            (at(10 * DAY), at(8 * DAY)),
+            (Timestamp::MAX, at(8 * DAY)),
+            // It had expired when it was stored.
+            (at(-MINUTE), at(-MINUTE)),
+            (Timestamp::MIN, Timestamp::MIN),
+        ] {
+            assert_eq!(refresh_at(at(0), expires), expected, "expires {expires}");
+        }
+    }
+
+    #[test]
+    fn a_refused_generation_and_older_ones_are_not_taken_again() {
+        for (freshness, generation, accepted) in [
+            (Freshness::Any, 1, true),
+            (Freshness::NotGeneration(2), 1, false),
+            (Freshness::NotGeneration(2), 2, false),
+            (Freshness::NotGeneration(2), 3, true),
+        ] {
+            assert_eq!(
+                freshness.accepts(generation),
+                accepted,
+                "{freshness:?} {generation}"
+            );
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Turns over a WebSocket: the conversation lives on one upstream socket, and what ends it is told so that Codex repairs it silently.
+
+use loadtest::upstream::{Config, Fault, Kind, Stage};
+use serde_json::Value;
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::support::{
+    codex_socket::{CodexSocket, create, id_of},
+    house::{House, Plan, text_of},
+};
+
+const CODEX: &str = "/backend-api/codex/responses";
+
+#[tokio::test]
+async fn a_conversation_rides_one_upstream_socket() {
+    let house = House::with(&["alice", "bob"]).await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let first = socket.turn(create("turn-1", "one", None)).await;
+    assert_eq!(text_of(&first), "echo: one..");
+    let second = socket
+        .turn(create("turn-2", "two", Some(&id_of(&first))))
+        .await;
+    assert_eq!(text_of(&second), "echo: two..");
+    let state = house.upstream.state();
+    assert_eq!(state.sockets, 1);
+    assert_eq!(
+        state.attempts[1].history.len(),
+        4,
+        "two items, the answer, one new item"
+    );
+    assert_eq!(state.violations, [""; 0]);
+    let turns = house.turns().await;
+    assert_eq!(turns.len(), 2);
+    assert!(
+        turns
+            .iter()
+            .all(|turn| turn["outcome"] == "completed" && turn["transport"] == "websocket")
+    );
+}
+
+#[tokio::test]
+async fn a_prewarm_is_remembered_and_costs_nothing() {
+    let house = House::start().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let mut prewarm = create("", "ignored", None);
+    prewarm["generate"] = false.into();
+    let warm = socket.turn(prewarm).await;
+    let first = socket
+        .turn(create("turn-1", "one", Some(&id_of(&warm))))
+        .await;
+    assert_eq!(text_of(&first), "echo: one..");
+    assert_eq!(house.upstream.state().sockets, 1);
+}
+
+#[tokio::test]
+async fn upstreams_turn_state_stays_here_and_limits_are_the_pools() {
+    let house = House::with(&["alice", "bob"]).await;
+    house.learn_limits().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let frames = socket.turn(create("turn-1", "one", None)).await;
+    let text = Value::Array(frames.clone()).to_string();
+    assert!(!text.contains("x-codex-turn-state"), "{text}");
+    let limits = frames
+        .iter()
+        .find(|frame| frame["type"] == "codex.rate_limits")
+        .unwrap();
+    assert!(limits["rate_limits"]["primary"]["used_percent"].is_number());
+}
+
+#[tokio::test]
+async fn a_response_that_upstream_forgot_makes_the_client_resend_everything() {
+    let house = House::start().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let lost = socket
+        .turn(create("turn-1", "one", Some("resp_elsewhere")))
+        .await;
+    let error = lost.last().unwrap();
+    assert_eq!(error["type"], "error");
+    assert_eq!(error["status"], 400);
+    assert_eq!(error["error"]["code"], "previous_response_not_found");
+    assert!(
+        house.upstream.attempts().is_empty(),
+        "nothing was sent for it"
+    );
+    assert_eq!(
+        text_of(&socket.turn(create("turn-1", "one", None)).await),
+        "echo: one.."
+    );
+    assert_eq!(house.turns().await.len(), 1);
+}
+
+#[tokio::test]
+async fn an_account_that_reaches_its_limit_in_a_conversation_moves_it_without_the_user_noticing() {
+    let house = House::with(&["alice", "bob"]).await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let first = socket.turn(create("turn-1", "one", None)).await;
+    house
+        .upstream
+        .fault(Fault::once(Kind::RateLimit { resets_in: 3600 }));
+    let second = socket
+        .turn(create("turn-2", "two", Some(&id_of(&first))))
+        .await;
+    assert_eq!(
+        second.last().unwrap()["error"]["code"],
+        "previous_response_not_found"
+    );
+    // What Codex does then, by itself.
+    let second = socket.turn(create("turn-2", "one and two", None)).await;
+    assert_eq!(text_of(&second), "echo: one and two..");
+    let attempts = house.upstream.attempts();
+    assert_ne!(attempts[0].account, attempts[2].account);
+    let turns = house.turns().await;
+    assert_eq!(turns.len(), 2, "the resend is an attempt of the same turn");
+    assert_eq!(turns[1]["attempts"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_first_turn_fails_over_without_a_word() {
+    for kind in [
+        Kind::RateLimit { resets_in: 3600 },
+        Kind::RetryAfter {
+            seconds: 60,
+            used_percent: 40.0,
+        },
+        Kind::Overloaded,
+        Kind::Cut(Stage::BeforeCreated),
+        Kind::Cut(Stage::AfterCreated),
+        Kind::Unauthorized,
+    ] {
+        let house = House::with(&["alice", "bob"]).await;
+        house.upstream.fault(Fault::once(kind.clone()));
+        let mut socket = CodexSocket::open(&house, CODEX).await;
+        let frames = socket.turn(create("turn-1", "one", None)).await;
+        assert_eq!(text_of(&frames), "echo: one..", "{kind:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_exhausted_pool_is_told_with_a_status_and_the_reset() {
+    let house = House::start().await;
+    house
+        .upstream
+        .fault(Fault::once(Kind::RateLimit { resets_in: 3600 }));
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let frames = socket.turn(create("turn-1", "one", None)).await;
+    let error = frames.last().unwrap();
+    assert_eq!(
+        (error["type"].as_str(), error["status"].as_u64()),
+        (Some("error"), Some(429))
+    );
+    assert_eq!(error["error"]["type"], "usage_limit_reached");
+    assert!(error["error"]["resets_at"].is_i64());
+    assert!(error["headers"]["x-codex-primary-used-percent"].is_string());
+}
+
+#[tokio::test]
+async fn an_old_upstream_socket_is_replaced() {
+    let upstream = Config {
+        socket_age: Some(std::time::Duration::ZERO),
+        ..Config::default()
+    };
+    let house = House::planned(Plan {
+        upstream,
+        ..Plan::default()
+    })
+    .await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let frames = socket.turn(create("turn-1", "one", None)).await;
+    // Every socket of this upstream is too old at once: the client is told the way Codex repairs.
+    assert_eq!(
+        frames.last().unwrap()["error"]["code"],
+        "websocket_connection_limit_reached"
+    );
+}
+
+#[tokio::test]
+async fn a_cut_after_something_visible_ends_the_turn_and_the_socket_lives_on() {
+    let house = House::start().await;
+    house.upstream.fault(Fault::once(Kind::Cut(Stage::Visible)));
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let frames = socket.turn(create("turn-1", "one", None)).await;
+    let last = frames.last().unwrap();
+    assert!(
+        last["type"] == "response.failed" || last["status"].is_u64(),
+        "{last}"
+    );
+    assert_eq!(
+        text_of(&socket.turn(create("turn-1", "one", None)).await),
+        "echo: one.."
+    );
+    let turns = house.turns().await;
+    assert_eq!(turns.len(), 1);
+    assert_eq!(turns[0]["outcome"], "completed");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_mid_turn_frees_everything() {
+    let house = House::start().await;
+    house
+        .upstream
+        .fault(Fault::once(Kind::Silence(Stage::Visible)));
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    socket.send(&create("turn-1", "one", None)).await;
+    while socket.next().await.unwrap()["type"] != "response.output_text.delta" {}
+    drop(socket);
+    house
+        .upstream
+        .wait("the socket closed", |state| state.open_sockets == 0)
+        .await;
+    house.server_idle().await;
+    assert_eq!(house.turns().await[0]["outcome"], "cancelled");
+}
+
+#[tokio::test]
+async fn bad_frames_get_an_error_with_a_status_and_the_socket_lives_on() {
+    let house = House::start().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    for message in [
+        Message::text("not json"),
+        Message::text("[]"),
+        Message::binary(vec![1, 2, 3]),
+    ] {
+        socket.send_raw(message).await;
+        let error = socket.next().await.unwrap();
+        assert_eq!(
+            (error["type"].as_str(), error["status"].as_u64()),
+            (Some("error"), Some(400))
+        );
+    }
+    assert_eq!(
+        text_of(&socket.turn(create("turn-1", "one", None)).await),
+        "echo: one.."
+    );
+}
+
+#[tokio::test]
+async fn a_second_response_at_once_is_refused_and_the_first_goes_on() {
+    let house = House::start().await;
+    house.upstream.fault(Fault::once(Kind::Slow(50)));
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    socket.send(&create("turn-1", "one", None)).await;
+    socket.send(&create("turn-2", "two", None)).await;
+    let mut frames = socket.response().await;
+    assert_eq!(
+        frames.pop().unwrap()["error"]["code"],
+        "response_in_progress"
+    );
+    frames.extend(socket.response().await);
+    assert_eq!(text_of(&frames), "echo: one..");
+    assert_eq!(house.upstream.attempts().len(), 1);
+    assert_eq!(house.turns().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_wrong_key_is_refused_before_the_upgrade() {
+    let house = House::start().await;
+    let error = CodexSocket::try_open(&house, CODEX, "dbk_wrong")
+        .await
+        .err()
+        .unwrap();
+    let tokio_tungstenite::tungstenite::Error::Http(response) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(response.status(), 401);
+}
+
+#[tokio::test]
+async fn a_plain_get_is_told_to_upgrade() {
+    let house = House::start().await;
+    assert_eq!(house.get(CODEX).send().await.unwrap().status(), 426);
+}
+
+#[tokio::test]
+async fn an_idle_socket_is_closed_for_a_restart_when_the_process_closes() {
+    let house = House::start().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    socket.turn(create("turn-1", "one", None)).await;
+    let (stopped, closed) = tokio::join!(house.stop(), socket.closed());
+    assert!(stopped);
+    assert_eq!(u16::from(closed.unwrap().code), 1012);
+}
