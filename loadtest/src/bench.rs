@@ -103,7 +103,7 @@ pub(crate) struct Round {
 /// If something does not start, or a turn fails.
 pub async fn run(options: &Options) -> anyhow::Result<()> {
     let dir = RunDir::make("bench")?;
-    let fake = Fake::start(dir.path(), 4).await?;
+    let fake = Fake::start(dir.path(), &[]).await?;
     let nginx = Nginx::start(dir.path(), &fake).await?;
     let mut targets = vec![nginx.target()?];
     let drawbridge = match &options.drawbridge {

@@ -2,7 +2,7 @@
 //!
 //! One account runs into its limit after a while and another one's token expires; the conversations go on. Nothing outlives the demo.
 
-use std::{path::Path, time::Duration};
+use std::{fmt::Write as _, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use serde_json::Value;
@@ -22,7 +22,7 @@ use crate::{
 pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
     let dir = RunDir::make("demo")?;
     say("starting a fake upstream and Drawbridge on an embedded database ..");
-    let fake = Fake::start(dir.path(), 30).await?;
+    let fake = Fake::start(dir.path(), &["--deltas", "30", "--percent-per-turn", "0.5"]).await?;
     let mut drawbridge = Drawbridge::start(binary, dir.path(), &fake).await?;
     drawbridge.import(&fake, &["alice", "bob", "carol"]).await?;
     let key = drawbridge.key("demo").await?;
@@ -48,7 +48,7 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
                 },
                 None => drop(ticks.tick().await),
             }
-            say(&picture(&drawbridge, &key).await?);
+            say(&picture(&drawbridge, &fake, &key).await?);
         }
     };
     let ended = tokio::select! {
@@ -60,7 +60,12 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
 }
 
 /// Conversations one after the other, a few at a time.
-async fn converse(drawbridge: &Drawbridge, key: &str, transport: Transport, streams: usize) -> anyhow::Result<()> {
+async fn converse(
+    drawbridge: &Drawbridge,
+    key: &str,
+    transport: Transport,
+    streams: usize,
+) -> anyhow::Result<()> {
     loop {
         let plan = Plan {
             url: format!("{}/backend-api/codex", drawbridge.origin()),
@@ -85,7 +90,8 @@ async fn converse(drawbridge: &Drawbridge, key: &str, transport: Transport, stre
 async fn misfortunes(fake: &Fake) -> anyhow::Result<()> {
     loop {
         sleep(Duration::from_secs(8)).await;
-        fake.fault(&Fault::once(Kind::RateLimit { resets_in: 20 }).at("bob")).await?;
+        fake.fault(&Fault::once(Kind::RateLimit { resets_in: 20 }).at("bob"))
+            .await?;
         say("  * the next turn of bob will run into a limit that ends in 20 s");
         sleep(Duration::from_secs(8)).await;
         fake.expire("carol").await?;
@@ -97,7 +103,11 @@ async fn misfortunes(fake: &Fake) -> anyhow::Result<()> {
 fn introduction(drawbridge: &Drawbridge, binary: &Path, key: &str) -> String {
     let origin = drawbridge.origin();
     let binary = binary.canonicalize().unwrap_or_else(|_| binary.to_owned());
-    let settings: Vec<String> = drawbridge.settings().iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let settings: Vec<String> = drawbridge
+        .settings()
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
     format!(
         r#"
 Drawbridge listens on {origin}; a client key is {key}
@@ -121,13 +131,61 @@ Ctrl-C ends it.
     )
 }
 
-/// The accounts now, and the sums.
-async fn picture(drawbridge: &Drawbridge, key: &str) -> anyhow::Result<String> {
-    let accounts: Value = serde_json::from_str(&drawbridge.cli(&["accounts", "list", "--json"], None).await?).context("accounts list")?;
+/// The accounts as Drawbridge sees them, beside what the fake has counted, and the sums.
+async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Result<String> {
+    let listed = drawbridge
+        .cli(&["accounts", "list", "--json"], None)
+        .await?;
+    let listed: Value = serde_json::from_str(&listed).context("accounts list")?;
     let client = client()?;
-    let usage: Value = client.get(format!("{}/backend-api/wham/usage", drawbridge.origin())).bearer_auth(key).send().await?.json().await?;
-    let metrics = client.get(format!("{}/metrics", drawbridge.admin())).send().await?.text().await?;
-    Ok(format!("{accounts:#}\n{usage}\n{}", metrics.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join("\n")))
+    let pool: Value = client
+        .get(format!("{}/backend-api/wham/usage", drawbridge.origin()))
+        .bearer_auth(key)
+        .send()
+        .await?
+        .json()
+        .await?;
+    let metrics = client
+        .get(format!("{}/metrics", drawbridge.admin()))
+        .send()
+        .await?
+        .text()
+        .await?;
+    let paid = fake.paid().await?;
+
+    let mut text = format!(
+        "{:<10}{:<18}{:>8}{:>8}{:>12}{:>12}\n",
+        "account", "status", "used", "turns", "tokens", "refreshes"
+    );
+    for account in listed.as_array().context("accounts list")? {
+        let name = account["label"].as_str().unwrap_or("?");
+        let (status, paid) = (account["status"].as_str().unwrap_or("?"), &paid[name]);
+        let used = paid["used_percent"].as_f64().unwrap_or_default();
+        let count = |field: &str| paid[field].as_u64().unwrap_or_default();
+        let _infallible = writeln!(
+            text,
+            "{name:<10}{status:<18}{used:>7.1}%{:>8}{:>12}{:>12}",
+            count("turns"),
+            count("tokens"),
+            count("exchanges")
+        );
+    }
+    let used = pool["rate_limit"]["primary_window"]["used_percent"]
+        .as_f64()
+        .unwrap_or_default();
+    let sum = |name: &str| -> f64 {
+        let lines = metrics.lines().filter(|line| line.starts_with(name));
+        lines
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+            .sum()
+    };
+    let _infallible = write!(
+        text,
+        "the pool, as clients see it: {used:.1}% used; turns: {}; attempts that were made up for: {}",
+        sum("drawbridge_turns_total"),
+        sum("drawbridge_attempt_failures_total")
+    );
+    Ok(text)
 }
 
 #[expect(clippy::print_stdout, reason = "there is somebody to look at it")]

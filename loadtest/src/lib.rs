@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod clock;
+pub mod demo;
 pub mod drive;
 pub mod process;
 pub mod rig;

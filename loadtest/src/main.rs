@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
-    bench,
+    bench, demo,
     drive::{Plan, Transport, drive},
     process::interrupted,
     upstream::{Config, Upstream},
@@ -27,6 +27,9 @@ enum Command {
         /// Text deltas of an ordinary answer
         #[arg(long, default_value_t = 4)]
         deltas: usize,
+        /// What a completed response adds to its account's short window
+        #[arg(long, default_value_t = 0.0)]
+        percent_per_turn: f64,
         /// Forget what the requests said: for long runs
         #[arg(long)]
         lean: bool,
@@ -50,6 +53,15 @@ enum Command {
         /// Where the JSON goes
         #[arg(long, default_value = "loadtest/results/bench.json")]
         out: PathBuf,
+    },
+    /// Three accounts, traffic, and a view of both, until Ctrl-C
+    Demo {
+        /// Binary of Drawbridge
+        #[arg(long)]
+        drawbridge: PathBuf,
+        /// Stop by itself
+        #[arg(long)]
+        seconds: Option<u64>,
     },
 }
 
@@ -88,11 +100,13 @@ async fn main() -> anyhow::Result<()> {
         Command::Upstream {
             listen,
             deltas,
+            percent_per_turn,
             lean,
         } => {
             let listener = tokio::net::TcpListener::bind(listen).await?;
             let config = Config {
                 deltas,
+                percent_per_turn,
                 bodies: !lean,
                 ..Config::default()
             };
@@ -115,6 +129,13 @@ async fn main() -> anyhow::Result<()> {
             };
             println!("{}", serde_json::to_string_pretty(&drive(&plan).await?)?);
         }
+        Command::Demo {
+            drawbridge,
+            seconds,
+        } => tokio::select! {
+            ended = demo::run(&drawbridge, seconds) => ended?,
+            asked = interrupted() => asked?,
+        },
         Command::Bench {
             drawbridge,
             only,

@@ -38,21 +38,16 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// Starts it as a child of this program.
+    /// Starts it as a child of this program, with further options of `loadtest upstream`.
     ///
     /// # Errors
     /// If it does not come up.
-    pub async fn start(dir: &Path, deltas: usize) -> anyhow::Result<Self> {
+    pub async fn start(dir: &Path, options: &[&str]) -> anyhow::Result<Self> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let mut command = Command::new(std::env::current_exe()?);
-        command.args([
-            "upstream",
-            "--lean",
-            "--listen",
-            &address,
-            "--deltas",
-            &deltas.to_string(),
-        ]);
+        command
+            .args(["upstream", "--lean", "--listen", &address])
+            .args(options);
         let mut daemon = Daemon::start(command, dir.join("fake.log"))?;
         let client = client()?;
         let origin = format!("http://{address}");
@@ -81,6 +76,19 @@ impl Fake {
             .client
             .post(format!("{}/__fake/accounts", self.origin))
             .json(&json!({ "name": name }))
+            .send()
+            .await?;
+        Ok(answer.error_for_status()?.json().await?)
+    }
+
+    /// What each account has paid for, by name.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn paid(&self) -> anyhow::Result<Value> {
+        let answer = self
+            .client
+            .get(format!("{}/__fake/accounts", self.origin))
             .send()
             .await?;
         Ok(answer.error_for_status()?.json().await?)
@@ -250,8 +258,11 @@ impl Drawbridge {
     pub async fn import(&self, fake: &Fake, names: &[&str]) -> anyhow::Result<()> {
         for name in names {
             let auth = fake.account(name).await?;
-            self.cli(&["accounts", "import", "-"], Some(auth.to_string()))
-                .await?;
+            self.cli(
+                &["accounts", "import", "--label", name, "-"],
+                Some(auth.to_string()),
+            )
+            .await?;
         }
         Ok(())
     }

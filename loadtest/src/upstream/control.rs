@@ -49,6 +49,19 @@ pub(super) async fn expire(
     Json(json!({})).into_response()
 }
 
+/// `GET /__fake/accounts`: what each account has paid for, by name.
+pub(super) async fn accounts(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    let paid = shared.read(|state| {
+        let paid = state.logins.iter().map(|(name, login)| (name.clone(), json!({ "turns": login.turns, "tokens": login.tokens, "exchanges": login.exchanges })));
+        paid.collect::<std::collections::BTreeMap<_, _>>()
+    });
+    let paid = paid.into_iter().map(|(name, mut login)| {
+        login["used_percent"] = shared.used_percent(&name).into();
+        (name, login)
+    });
+    Json(paid.collect::<serde_json::Map<_, _>>()).into_response()
+}
+
 /// The body of `POST /__fake/accounts`.
 #[derive(Deserialize)]
 pub(super) struct Named {

@@ -65,7 +65,7 @@ pub(super) async fn create(
         let mut response = (status, Json(json!({ "error": error }))).into_response();
         response
             .headers_mut()
-            .extend(limits(fault.as_ref(), shared.config.used_percent));
+            .extend(limits(fault.as_ref(), shared.used_percent(&account)));
         response.headers_mut().extend(extra);
         return response;
     }
@@ -92,7 +92,7 @@ pub(super) async fn create(
     );
     let mut response = stream(Arc::clone(&shared), n, answer, fault.clone());
     let out = response.headers_mut();
-    out.extend(limits(fault.as_ref(), shared.config.used_percent));
+    out.extend(limits(fault.as_ref(), shared.used_percent(&account)));
     let state = shared.change(|state| {
         let value = state.id("ts");
         state.turn_states.insert(value.clone(), account);
@@ -179,10 +179,7 @@ async fn write(
                 }
                 // Counted before it is written: whoever has read it may ask.
                 if completed {
-                    shared.attempt(n, |attempt| {
-                        attempt.usage = Some(answer.usage);
-                        attempt.completed = true;
-                    });
+                    shared.bill(n, answer.usage);
                 } else if event["type"] == "response.failed" {
                     shared.attempt(n, |attempt| attempt.completed = true);
                 }
@@ -382,11 +379,12 @@ pub(super) async fn usage(
     extract::State(shared): extract::State<Arc<Shared>>,
     headers: HeaderMap,
 ) -> Response {
-    if let Err(refusal) = authorize(&shared, &headers) {
-        return refusal;
-    }
+    let account = match authorize(&shared, &headers) {
+        Ok(account) => account,
+        Err(refusal) => return refusal,
+    };
     let window = |used: f64, seconds: u64, after: u64| json!({ "used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": after, "reset_at": epoch() + after });
     let body = json!({ "plan_type": "plus", "rate_limit": { "allowed": true, "limit_reached": false,
-        "primary_window": window(shared.config.used_percent, 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });
+        "primary_window": window(shared.used_percent(&account), 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });
     Json(body).into_response()
 }
