@@ -71,6 +71,7 @@ pub(super) async fn create(
     }
     match &fault {
         Some(Kind::Silence(Stage::BeforeHeaders)) => {
+            let _gone = MarkCut(&shared, n);
             shared.stopped().await;
         }
         // Dropping the connection without an answer needs a broken body: hyper then resets it.
@@ -109,6 +110,15 @@ pub(super) async fn create(
         out.insert("openai-model", model);
     }
     response
+}
+
+/// Marks an attempt as cut when the server drops its handler, since the peer has left.
+struct MarkCut<'a>(&'a Shared, usize);
+
+impl Drop for MarkCut<'_> {
+    fn drop(&mut self) {
+        self.0.attempt(self.1, |attempt| attempt.cut = true);
+    }
 }
 
 /// The head goes out and the connection breaks before a byte of the body.
