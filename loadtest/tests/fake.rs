@@ -259,15 +259,21 @@ async fn what_the_backend_refuses_is_refused_over_both_transports() {
             name
         );
     }
-    let mut socket = Socket::open(&upstream, &account).await;
-    let mut frame = body();
-    frame["type"] = "response.create".into();
-    socket
-        .0
-        .send(Message::text(frame.to_string()))
-        .await
-        .unwrap();
-    assert_eq!(socket.read().await.error()["param"], "stream");
+    for (name, value, status) in [
+        ("stream", json!(false), 400),
+        ("background", json!(true), 400),
+        ("stream", json!(true), 200),
+    ] {
+        let mut frame = json!({ "type": "response.create", "model": "gpt-5.5", "input": [user("hi")], "store": false });
+        frame[name] = value;
+        let mut socket = Socket::open(&upstream, &account).await;
+        socket
+            .0
+            .send(Message::text(frame.to_string()))
+            .await
+            .unwrap();
+        assert_eq!(socket.read().await.status, status, "{frame}");
+    }
     assert_eq!(
         post(&upstream, &account, &body())
             .await
