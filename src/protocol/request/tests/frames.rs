@@ -1,6 +1,6 @@
 //! Between frames and bodies, metadata and headers.
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::json;
 
 use super::*;
