@@ -278,7 +278,7 @@ async fn compacted(
             First::End(stop) => return Err(stop.into()),
         };
         let object = encode::collect(event, items, state.clock.now().as_second()).await?;
-        let answer = compact::answer(&object, dialect == Dialect::Codex);
+        let answer = compact::answer(&object);
         let answer = answer.ok_or_else(|| {
             ApiError::new(Code::UpstreamError, "Upstream returned no compaction item.")
         })?;

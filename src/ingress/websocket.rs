@@ -19,6 +19,7 @@ use tokio::time::{Instant as Deadline, sleep_until, timeout};
 
 use super::{Dialect, Peer, State, encode, gate, responses};
 use crate::{
+    config::Transport,
     error::{ApiError, Code},
     ids::TurnId,
     protocol::{
@@ -26,7 +27,7 @@ use crate::{
         request::{self, Shape},
     },
     task,
-    turn::{Ask, Caller, End, Event, Item, Session, Stop, Transport, relay::Receiver},
+    turn::{self, Ask, Caller, End, Event, Item, Session, Stop, relay::Receiver},
 };
 
 /// One message from the client; as large as a body.
@@ -71,6 +72,14 @@ async fn accept(
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
+    if state.upstream.transport() == Transport::Http {
+        // Codex then speaks HTTP for the rest of its life, without a word to its user.
+        return ApiError::new(
+            Code::UpgradeRequired,
+            "This service is set to HTTP; use POST.",
+        )
+        .into_response();
+    }
     let pool = responses::limits(&state, &caller);
     let session = state.engine.session();
     let mut response = upgrade
@@ -231,7 +240,7 @@ impl Client {
             id: TurnId::new(),
             caller,
             route,
-            transport: Transport::WebSocket,
+            transport: turn::Transport::WebSocket,
             request,
             headers,
             held,

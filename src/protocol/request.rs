@@ -17,7 +17,7 @@ mod tests;
 use std::fmt;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderMap;
 use memchr::memchr;
 
 pub use client::Client;
@@ -169,9 +169,6 @@ const CARRIED: [(&str, &str); 5] = [
     ),
 ];
 
-/// Before the name of any other header in `client_metadata`.
-const HEADER: &str = "ws_request_header_";
-
 impl Request {
     /// The `response.create` frame of this request.
     pub fn frame(&self) -> Bytes {
@@ -192,32 +189,6 @@ impl Request {
         frame.replace_range(..open, r#"{"type":"response.create","#);
         Bytes::from(frame)
     }
-
-    /// The headers of this request over HTTP for a client that came over a WebSocket: those of its handshake, and over
-    /// them what `client_metadata` says of this request. Whoever sends them filters them first, as any client's.
-    pub fn http_headers(&self, handshake: &HeaderMap) -> HeaderMap {
-        let mut headers = handshake.clone();
-        let text = std::str::from_utf8(&self.body).unwrap_or_default();
-        let body = Container::object(text).ok();
-        let metadata = body
-            .and_then(|body| body.present("client_metadata"))
-            .and_then(|raw| Container::object(raw).ok());
-        let members = metadata.iter().flat_map(|all| all.keys().zip(all.values()));
-        for (name, value) in members.filter_map(|(key, raw)| carried(key, raw)) {
-            headers.insert(name, value);
-        }
-        headers
-    }
-}
-
-/// The header that a member of `client_metadata` stands for.
-fn carried(key: &str, raw: &str) -> Option<(HeaderName, HeaderValue)> {
-    let name = match key.strip_prefix(HEADER) {
-        Some(name) => name.replace('_', "-"),
-        None if CARRIED.iter().any(|(name, _)| *name == key) => key.to_owned(),
-        None => return None,
-    };
-    Some((name.parse().ok()?, splice::string(raw)?.parse().ok()?))
 }
 
 fn carry(object: &mut Container<'_>, headers: &HeaderMap) {

@@ -49,11 +49,8 @@ impl Carrier {
     }
 
     /// The carrier of a client's WebSocket.
-    pub(super) fn for_session(upstream: &Upstream) -> Self {
-        match upstream.transport() {
-            config::Transport::Http => Self::Http,
-            config::Transport::Auto | config::Transport::WebSocket => Self::Socket(None),
-        }
+    pub(super) fn for_session() -> Self {
+        Self::Socket(None)
     }
 
     /// The word in the ledger.

@@ -43,7 +43,7 @@ impl Session {
 }
 
 async fn serve(engine: Arc<Inner>, mut jobs: mpsc::Receiver<Job>) {
-    let mut carrier = Carrier::for_session(&engine.upstream);
+    let mut carrier = Carrier::for_session();
     loop {
         // An idle socket is polled too: it answers pings, and its end is noticed before the next turn needs it.
         let job = tokio::select! {

@@ -66,34 +66,3 @@ fn the_headers_of_an_http_client_travel_in_the_frame() {
         );
     }
 }
-
-#[test]
-fn the_metadata_of_a_frame_travels_in_headers() {
-    let lite = "x-openai-internal-codex-responses-lite";
-    let handshake = headers(&[
-        ("x-codex-turn-metadata", "prewarm"),
-        ("user-agent", "codex"),
-    ]);
-    let sent = json!({"client_metadata": {"x-codex-turn-metadata": "turn", "thread_id": "t",
-        "ws_request_header_x_openai_internal_codex_responses_lite": "true",
-        "ws_request_header_a\n": "x", "ws_request_header_b": "\n", "ws_request_header_c": 7}});
-    let request = read(bytes(&body(&sent)), Shape::Codex).unwrap();
-    let expected = headers(&[
-        ("x-codex-turn-metadata", "turn"),
-        ("user-agent", "codex"),
-        (lite, "true"),
-    ]);
-    assert_eq!(request.http_headers(&handshake), expected);
-    let over_http = read(bytes(&body(&json!({}))), Shape::Codex).unwrap();
-    let frame = over_http.frame_with_headers(&expected);
-    let carried = read(frame, Shape::Frame).unwrap();
-    assert_eq!(carried.http_headers(&HeaderMap::new())[lite], "true");
-    for other in [
-        json!({}),
-        json!({"client_metadata": null}),
-        json!({"client_metadata": 7}),
-    ] {
-        let request = read(bytes(&body(&other)), Shape::Codex).unwrap();
-        assert_eq!(request.http_headers(&handshake), handshake);
-    }
-}
