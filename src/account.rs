@@ -314,7 +314,8 @@ impl Accounts {
     }
 
     /// Stores fresh tokens in place of those of `expected_generation`; yields the new generation. `None` if others came first, or the
-    /// account is gone. Without a plan, the tokens' own claim counts.
+    /// account is gone. Without a plan, the tokens' own claim counts. Fresh tokens prove that the login lives: a peer that was told
+    /// otherwise, because this one had spent the refresh token and not stored its successor yet, is overruled.
     ///
     /// # Errors
     /// Of the database.
@@ -328,9 +329,12 @@ impl Accounts {
         let claimed = tokens.claims().plan;
         let sealed = self.seal(id, tokens);
         let tx = self.db.begin().await?;
-        store::lock(&tx, id).await?;
+        let before = store::lock(&tx, id).await?;
         if store::generation(&tx, id).await? != Some(expected_generation) {
             return Ok(None);
+        }
+        if before == Some(Lifecycle::ReauthRequired) {
+            store::set_status(&tx, id, Lifecycle::Active, None).await?;
         }
         let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
         bus::bump(&tx, &[Topic::Accounts]).await?;

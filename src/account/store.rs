@@ -69,11 +69,12 @@ statements! { "account";
     /// Under `LOCK_ACCOUNT`.
     GENERATION: [UUID] = "select generation from account_credentials where account_id = $1";
 
-    /// Under `LOCK_ACCOUNT`, by whoever holds the newest generation. An endpoint that sends no id token leaves the old one.
+    /// Under `LOCK_ACCOUNT`, by whoever holds the newest generation. An endpoint that sends no id token leaves the old one. A token that
+    /// claims to have ended before it came says nothing of its end: a clock is wrong, and another exchange would not help.
     ROTATE: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ] = "
         update account_credentials
         set generation = generation + 1, access_sealed = $2, refresh_sealed = $3, id_sealed = coalesce($4, id_sealed),
-            access_expires_at = $5, refreshed_at = clock_timestamp()
+            access_expires_at = case when $5 > clock_timestamp() then $5 end, refreshed_at = clock_timestamp()
         where account_id = $1 returning generation";
 
     /// Under `LOCK_ACCOUNT`.

@@ -6,8 +6,10 @@
 )]
 
 mod accounts;
+mod accounts_command;
 mod architecture;
 mod codex;
+mod credentials;
 mod embedded;
 mod http;
 mod keys;
