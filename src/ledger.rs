@@ -109,14 +109,14 @@ impl Ledger {
         let request = request.id;
         drop(tasks.spawn("withdraw", async move {
             // Twice: the opening itself may still be on its way when the first finds nothing.
-            for _ in 0..2 {
+            for pause in [Duration::ZERO, SLOWEST_OPENING] {
+                sleep(pause).await;
                 let mut backoff = Backoff::default();
                 while let Err(error) = store::withdraw(&self.db, self.boot, request).await {
                     if !backoff.pause(&error).await {
                         return;
                     }
                 }
-                sleep(SLOWEST_OPENING).await;
             }
         }));
     }
