@@ -6,6 +6,7 @@
 
 mod account;
 mod answer;
+mod connection;
 mod control;
 mod fault;
 mod http;
@@ -21,11 +22,14 @@ use axum::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 
-use self::state::Shared;
 pub use self::{
     account::Account,
     fault::{Fault, Kind, Stage},
     state::{Attempt, State, Usage},
+};
+use self::{
+    connection::{Link, Listener},
+    state::Shared,
 };
 
 /// How a fake behaves when no fault is due.
@@ -103,7 +107,8 @@ impl Upstream {
             .layer(axum::extract::DefaultBodyLimit::max(128 << 20))
             .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move {
-            let served = axum::serve(NoDelay(listener), router).await;
+            let service = router.into_make_service_with_connect_info::<Link>();
+            let served = axum::serve(Listener(listener), service).await;
             served.expect("accepting goes on for ever");
         });
         Self {
@@ -179,27 +184,5 @@ impl Drop for Upstream {
     fn drop(&mut self) {
         self.server.abort();
         self.shared.stop();
-    }
-}
-
-/// Events are small: they must not wait for each other.
-struct NoDelay(TcpListener);
-
-impl axum::serve::Listener for NoDelay {
-    type Io = tokio::net::TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            if let Ok((stream, address)) = self.0.accept().await
-                && stream.set_nodelay(true).is_ok()
-            {
-                return (stream, address);
-            }
-        }
-    }
-
-    fn local_addr(&self) -> std::io::Result<Self::Addr> {
-        self.0.local_addr()
     }
 }

@@ -1,5 +1,10 @@
 //! The fake is as strict as the backend it stands for, and each fault does what it says.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a helper that cannot go on fails its test"
+)]
+
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -629,6 +634,10 @@ async fn a_response_breaks_off_where_it_was_scripted_to() {
                 .map(|kind| answer.count(kind));
                 assert_eq!(counts, seen, "{case}");
                 assert_eq!(answer.count("response.completed"), 0, "{case}");
+                if transport == 0 {
+                    let head = stage > Stage::BeforeHeaders;
+                    assert_eq!(answer.status, if head { 200 } else { 0 }, "{case}");
+                }
                 let end = match (&fault, transport) {
                     (Kind::Silence(_), _) => End::Silent,
                     (Kind::End(stage), 0) if *stage != Stage::BeforeHeaders => End::Clean,
@@ -769,4 +778,120 @@ async fn a_question_for_a_tool_is_answered_by_a_call_and_its_output_by_text() {
         .find(|event| event["type"] == "response.output_text.done")
         .unwrap();
     assert_eq!(text["text"], "tool said: done");
+}
+
+#[tokio::test]
+async fn a_conversation_must_be_whole_and_its_thoughts_the_accounts_own() {
+    let upstream = Upstream::start(Config::default()).await;
+    let (alice, bob) = (upstream.account("alice"), upstream.account("bob"));
+    let call = json!({ "type": "function_call", "call_id": "c", "name": "f", "arguments": "{}" });
+    let output = json!({ "type": "function_call_output", "call_id": "c", "output": "x" });
+    let mut asks = body();
+    asks["input"] = json!([user("[reasoning] why")]);
+    let thought =
+        post(&upstream, &alice, &asks).await.events.pop().unwrap()["response"]["output"][0].take();
+    assert_eq!(thought["type"], "reasoning");
+    for (account, input, status) in [
+        (&alice, json!([user("go"), call, output]), 200),
+        (&alice, json!([user("go"), call]), 400),
+        (&alice, json!([user("go"), output]), 400),
+        (&alice, json!([user("go"), thought]), 200),
+        (&bob, json!([user("go"), thought]), 400),
+    ] {
+        let mut body = body();
+        body["input"] = input;
+        assert_eq!(
+            post(&upstream, account, &body).await.status,
+            status,
+            "{body}"
+        );
+        let answer = Socket::open(&upstream, account).await.create(&body).await;
+        assert_eq!(answer.status, status, "{body}");
+    }
+}
+
+#[tokio::test]
+async fn bodies_may_come_packed() {
+    let upstream = Upstream::start(Config::default()).await;
+    let account = upstream.account("alice");
+    let answer = client()
+        .post(format!("{}/codex/responses", upstream.url()))
+        .bearer_auth(account.access_token())
+        .header("chatgpt-account-id", account.id())
+        .header("content-encoding", "zstd")
+        .body(zstd::encode_all(body().to_string().as_bytes(), 1).unwrap());
+    assert_eq!(answer.send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn a_handshake_fails_as_scripted_and_turns_do_not() {
+    let upstream = Upstream::start(Config::default()).await;
+    let account = upstream.account("alice");
+    for (kind, seen) in [
+        (Kind::RateLimit { resets_in: 60 }, "429"),
+        (Kind::Unauthorized, "401"),
+        (Kind::Cut(Stage::BeforeHeaders), "reset"),
+        (Kind::End(Stage::BeforeHeaders), "Handshake not finished"),
+    ] {
+        upstream.fault(Fault::once(kind).at_handshake());
+        assert_eq!(post(&upstream, &account, &body()).await.status, 200);
+        let url = format!("{}/codex/responses", upstream.url()).replace("http://", "ws://");
+        let mut request = url.into_client_request().unwrap();
+        let headers = request.headers_mut();
+        headers.insert(
+            "authorization",
+            format!("Bearer {}", account.access_token())
+                .parse()
+                .unwrap(),
+        );
+        headers.insert("chatgpt-account-id", account.id().parse().unwrap());
+        headers.insert(
+            "openai-beta",
+            "responses_websockets=2026-02-06".parse().unwrap(),
+        );
+        let refused = connect_async(request).await.unwrap_err().to_string();
+        assert!(refused.contains(seen), "{refused} does not contain {seen}");
+        assert_eq!(
+            Socket::open(&upstream, &account)
+                .await
+                .create(&body())
+                .await
+                .status,
+            200
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_turn_state_may_come_back_to_its_account_by_header_or_frame() {
+    let upstream = Upstream::start(Config::default()).await;
+    let (alice, bob) = (upstream.account("alice"), upstream.account("bob"));
+    let first = Socket::open(&upstream, &alice).await.create(&body()).await;
+    let metadata = first
+        .events
+        .iter()
+        .find(|event| event["type"] == "response.metadata")
+        .unwrap();
+    let mut next = body();
+    next["client_metadata"] =
+        json!({ "x-codex-turn-state": metadata["headers"]["x-codex-turn-state"] });
+    Socket::open(&upstream, &alice).await.create(&next).await;
+    assert_eq!(upstream.violations(), [""; 0]);
+    Socket::open(&upstream, &bob).await.create(&next).await;
+    assert_eq!(upstream.violations().len(), 1);
+}
+
+#[tokio::test]
+async fn a_second_response_is_noticed_however_fast_the_first_is() {
+    let upstream = Upstream::start(Config::default()).await;
+    let account = upstream.account("alice");
+    upstream.fault(Fault::once(Kind::Paced(2, 0)));
+    let mut socket = Socket::open(&upstream, &account).await;
+    let frame = json!({ "type": "response.create", "model": "gpt-5.5", "input": [user("hi")], "store": false }).to_string();
+    for _ in 0..2 {
+        socket.0.feed(Message::text(frame.clone())).await.unwrap();
+    }
+    socket.0.flush().await.unwrap();
+    assert_eq!(socket.read().await.end, End::Broken);
+    assert_eq!(upstream.violations(), ["two responses at once on a socket"]);
 }

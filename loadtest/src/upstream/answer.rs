@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{
     fault::{Kind, Stage},
     state::Usage,
+    strict,
 };
 
 /// One thing to do.
@@ -58,6 +59,7 @@ impl Writer {
 pub(super) fn plan(
     id: String,
     model: &str,
+    account: &str,
     history: &[Value],
     request_bytes: usize,
     deltas: usize,
@@ -88,17 +90,27 @@ pub(super) fn plan(
             pace: None,
         };
     }
-    let (item, words) = item(&id, history, deltas, fault);
-    out.event(json!({ "type": "response.output_item.added", "output_index": 0, "item": { "id": item["id"], "type": item["type"], "status": "in_progress", "role": item["role"], "content": [] } }));
+    let mut output = Vec::new();
+    if last_text(history).contains("[reasoning]") {
+        let item = json!({ "id": id.replace("resp", "rs"), "type": "reasoning", "summary": [], "encrypted_content": strict::sealed(account) });
+        for kind in ["response.output_item.added", "response.output_item.done"] {
+            out.event(json!({ "type": kind, "output_index": 0, "item": item }));
+        }
+        output.push(item);
+    }
+    let index = output.len();
+    let (item, words) = item(&id, account, history, deltas, fault);
+    out.event(json!({ "type": "response.output_item.added", "output_index": index, "item": { "id": item["id"], "type": item["type"], "status": "in_progress", "role": item["role"], "content": [] } }));
     if item["type"] == "message" {
         text(
             &mut out,
             &item,
+            index,
             &words,
             matches!(fault, Some(Kind::Burst(_))),
         );
     }
-    out.event(json!({ "type": "response.output_item.done", "output_index": 0, "item": item }));
+    out.event(json!({ "type": "response.output_item.done", "output_index": index, "item": item }));
     out.reach(Stage::ItemDone);
     out.reach(Stage::BeforeTerminal);
     let usage = Usage {
@@ -107,7 +119,7 @@ pub(super) fn plan(
         output: words.len() as u64 + 5,
         reasoning: 3,
     };
-    let output = vec![item];
+    output.push(item);
     out.event(json!({ "type": "response.completed", "response": response("completed", &output, billed(usage)) }));
     Answer {
         id,
@@ -162,11 +174,17 @@ fn failure(id: &str, fault: Option<&Kind>) -> Option<Value> {
 }
 
 /// The output item and the words of its text.
-fn item(id: &str, history: &[Value], deltas: usize, fault: Option<&Kind>) -> (Value, Vec<String>) {
+fn item(
+    id: &str,
+    account: &str,
+    history: &[Value],
+    deltas: usize,
+    fault: Option<&Kind>,
+) -> (Value, Vec<String>) {
     let suffix = id.trim_start_matches("resp_");
     let last = history.last().cloned().unwrap_or_default();
     if last["type"] == "compaction_trigger" {
-        let item = json!({ "id": format!("cmp_{suffix}"), "type": "compaction", "encrypted_content": "gAAAfake", "status": "completed" });
+        let item = json!({ "id": format!("cmp_{suffix}"), "type": "compaction", "encrypted_content": strict::sealed(account), "status": "completed" });
         return (item, Vec::new());
     }
     let message = |words: &[String]| {
@@ -204,10 +222,10 @@ fn item(id: &str, history: &[Value], deltas: usize, fault: Option<&Kind>) -> (Va
     (message(&words), words)
 }
 
-fn text(out: &mut Writer, item: &Value, words: &[String], together: bool) {
+fn text(out: &mut Writer, item: &Value, index: usize, words: &[String], together: bool) {
     let part = |text: &str| json!({ "type": "output_text", "text": text, "annotations": [] });
-    out.event(json!({ "type": "response.content_part.added", "item_id": item["id"], "output_index": 0, "content_index": 0, "part": part("") }));
-    let delta = |word: &String| json!({ "type": "response.output_text.delta", "item_id": item["id"], "output_index": 0, "content_index": 0, "delta": word });
+    out.event(json!({ "type": "response.content_part.added", "item_id": item["id"], "output_index": index, "content_index": 0, "part": part("") }));
+    let delta = |word: &String| json!({ "type": "response.output_text.delta", "item_id": item["id"], "output_index": index, "content_index": 0, "delta": word });
     if together {
         let events = words.iter().map(|word| out.number(delta(word))).collect();
         out.steps.push(Step::Together(events));
@@ -221,8 +239,8 @@ fn text(out: &mut Writer, item: &Value, words: &[String], together: bool) {
         }
     }
     let whole = words.concat();
-    out.event(json!({ "type": "response.output_text.done", "item_id": item["id"], "output_index": 0, "content_index": 0, "text": whole }));
-    out.event(json!({ "type": "response.content_part.done", "item_id": item["id"], "output_index": 0, "content_index": 0, "part": part(&whole) }));
+    out.event(json!({ "type": "response.output_text.done", "item_id": item["id"], "output_index": index, "content_index": 0, "text": whole }));
+    out.event(json!({ "type": "response.content_part.done", "item_id": item["id"], "output_index": index, "content_index": 0, "part": part(&whole) }));
 }
 
 /// The newest text of a user.

@@ -83,6 +83,9 @@ pub struct Fault {
     /// Only for this turn of the client.
     #[serde(default)]
     pub client_turn_id: Option<String>,
+    /// Strikes the handshake of a socket instead of a turn.
+    #[serde(default)]
+    pub handshake: bool,
     /// How often; 0 = always.
     #[serde(default = "once")]
     pub times: usize,
@@ -100,6 +103,7 @@ impl Fault {
             kind,
             account: None,
             client_turn_id: None,
+            handshake: false,
             times: 1,
         }
     }
@@ -120,6 +124,13 @@ impl Fault {
         self
     }
 
+    /// At the handshake of a socket: a refusal, or a connection that breaks or stays silent before it is answered.
+    #[must_use]
+    pub fn at_handshake(mut self) -> Self {
+        self.handshake = true;
+        self
+    }
+
     /// Only at this account.
     #[must_use]
     pub fn at(mut self, account: &str) -> Self {
@@ -137,12 +148,18 @@ impl Fault {
 
 impl State {
     /// Takes the first fault that is due.
-    pub(super) fn due(&mut self, account: &str, client_turn_id: Option<&str>) -> Option<Kind> {
+    pub(super) fn due(
+        &mut self,
+        account: &str,
+        client_turn_id: Option<&str>,
+        handshake: bool,
+    ) -> Option<Kind> {
         let due = |fault: &Fault| {
-            fault
-                .account
-                .as_deref()
-                .is_none_or(|wanted| wanted == account)
+            fault.handshake == handshake
+                && fault
+                    .account
+                    .as_deref()
+                    .is_none_or(|wanted| wanted == account)
                 && fault
                     .client_turn_id
                     .as_deref()

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::{
     account::{authorize, epoch},
     answer::{self, Answer, Step},
+    connection::{Break, Link},
     fault::{Kind, Stage},
     state::{Attempt, Shared},
     strict::{self, Transport},
@@ -26,9 +27,18 @@ type Chunks = mpsc::Sender<Result<Bytes, std::io::Error>>;
 /// `POST /backend-api/codex/responses`.
 pub(super) async fn create(
     extract::State(shared): extract::State<Arc<Shared>>,
+    extract::ConnectInfo(link): extract::ConnectInfo<Link>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
+    let packed = headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|encoding| encoding == "zstd");
+    let body = if packed {
+        zstd::decode_all(body.as_ref()).unwrap_or_default()
+    } else {
+        body.into()
+    };
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let bytes = body.to_string().len();
     let account = match authorize(&shared, &headers) {
@@ -47,18 +57,22 @@ pub(super) async fn create(
         None,
         200,
     );
-    check_turn_state(&shared, &headers, &account);
+    check_turn_state(&shared, &headers, &body, &account);
     if let Some(error) = strict::refusal(&body, Transport::Http) {
         shared.attempt(n, |attempt| attempt.status = 400);
         return (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response();
     }
     let history = body["input"].as_array().cloned().unwrap_or_default();
+    if let Some(error) = strict::broken(&history, &account) {
+        shared.attempt(n, |attempt| attempt.status = 400);
+        return (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response();
+    }
     let fault = shared.change(|state| {
         if shared.config.bodies {
             state.attempts[n].history.clone_from(&history);
         }
         let turn = state.attempts[n].client_turn_id.clone();
-        state.due(&account, turn.as_deref())
+        state.due(&account, turn.as_deref(), false)
     });
     if let Some((status, extra, error)) = refused(fault.as_ref()) {
         shared.attempt(n, |attempt| attempt.status = status.as_u16());
@@ -74,10 +88,13 @@ pub(super) async fn create(
             let _gone = MarkCut(&shared, n);
             shared.stopped().await;
         }
-        // Dropping the connection without an answer needs a broken body: hyper then resets it.
-        Some(Kind::Cut(Stage::BeforeHeaders) | Kind::End(Stage::BeforeHeaders)) => {
+        Some(Kind::Cut(Stage::BeforeHeaders)) => {
             shared.attempt(n, |attempt| attempt.cut = true);
-            return broken();
+            link.sever(Break::Reset).await;
+        }
+        Some(Kind::End(Stage::BeforeHeaders)) => {
+            shared.attempt(n, |attempt| attempt.cut = true);
+            link.sever(Break::End).await;
         }
         _ => {}
     }
@@ -86,6 +103,7 @@ pub(super) async fn create(
     let answer = answer::plan(
         id,
         model,
+        &account,
         &history,
         bytes,
         shared.config.deltas,
@@ -94,11 +112,7 @@ pub(super) async fn create(
     let mut response = stream(Arc::clone(&shared), n, answer, fault.clone());
     let out = response.headers_mut();
     out.extend(limits(fault.as_ref(), shared.used_percent(&account)));
-    let state = shared.change(|state| {
-        let value = state.id("ts");
-        state.turn_states.insert(value.clone(), account);
-        value
-    });
+    let state = shared.change(|state| state.turn_state(&account));
     out.insert(
         "x-codex-turn-state",
         HeaderValue::from_str(&state).expect("ASCII"),
@@ -119,18 +133,6 @@ impl Drop for MarkCut<'_> {
     fn drop(&mut self) {
         self.0.attempt(self.1, |attempt| attempt.cut = true);
     }
-}
-
-/// The head goes out and the connection breaks before a byte of the body.
-fn broken() -> Response {
-    let body = Body::from_stream(futures_util::stream::once(async {
-        Err::<Bytes, _>(std::io::Error::other("cut"))
-    }));
-    let mut response = Response::new(body);
-    response
-        .headers_mut()
-        .insert(header::CONTENT_LENGTH, HeaderValue::from_static("1000000"));
-    response
 }
 
 fn stream(shared: Arc<Shared>, n: usize, answer: Answer, fault: Option<Kind>) -> Response {
@@ -339,12 +341,13 @@ pub(super) fn record(
     })
 }
 
-/// A turn state belongs to the account that it was made for.
-fn check_turn_state(shared: &Shared, headers: &HeaderMap, account: &str) {
-    let Some(given) = headers
+/// A turn state belongs to the account that it was made for; it comes back in a header or in the metadata of a frame.
+pub(super) fn check_turn_state(shared: &Shared, headers: &HeaderMap, body: &Value, account: &str) {
+    let header = headers
         .get("x-codex-turn-state")
-        .and_then(|value| value.to_str().ok())
-    else {
+        .and_then(|value| value.to_str().ok());
+    let metadata = body["client_metadata"]["x-codex-turn-state"].as_str();
+    let Some(given) = metadata.or(header) else {
         return;
     };
     shared.change(|state| {

@@ -74,7 +74,7 @@ pub struct State {
     pub open_sockets: usize,
     /// Frames of types the fake does not know.
     pub unknown_frames: usize,
-    /// Turn states handed out: value -> where it may come back.
+    /// Turn states handed out: value -> the account it may come back to.
     pub turn_states: BTreeMap<String, String>,
     /// Requests for the model catalogue.
     pub models_reads: usize,
@@ -86,6 +86,13 @@ impl State {
     pub(super) fn id(&mut self, prefix: &str) -> String {
         self.next_id += 1;
         format!("{prefix}_{:06}", self.next_id)
+    }
+
+    /// A fresh turn state for an account.
+    pub(super) fn turn_state(&mut self, account: &str) -> String {
+        let value = self.id("ts");
+        self.turn_states.insert(value.clone(), account.to_owned());
+        value
     }
 
     /// Attempts of one turn of the client.

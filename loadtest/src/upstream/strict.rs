@@ -1,5 +1,8 @@
 //! What the real backend refuses.
 
+use std::collections::BTreeSet;
+
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
 /// How a request came.
@@ -109,4 +112,52 @@ pub(super) fn refusal(body: &Value, transport: Transport) -> Option<Value> {
         return refuse("tools", "Unsupported tool type: web_search_preview".into());
     }
     None
+}
+
+/// The error object, if the conversation is not whole (a tool call without its output, an output without its call) or holds an encrypted item that
+/// was not made for this account.
+pub(super) fn broken(history: &[Value], account: &str) -> Option<Value> {
+    let refuse = |code: Option<&str>, message: String| {
+        Some(
+            json!({ "message": message, "type": "invalid_request_error", "param": "input", "code": code }),
+        )
+    };
+    let ids = |kinds: [&str; 2]| -> BTreeSet<&str> {
+        let of = history
+            .iter()
+            .filter(|item| kinds.iter().any(|kind| item["type"] == *kind));
+        of.filter_map(|item| item["call_id"].as_str()).collect()
+    };
+    let calls = ids(["function_call", "custom_tool_call"]);
+    let outputs = ids(["function_call_output", "custom_tool_call_output"]);
+    if let Some(id) = calls.difference(&outputs).next() {
+        return refuse(
+            None,
+            format!("No tool output found for function call {id}."),
+        );
+    }
+    if let Some(id) = outputs.difference(&calls).next() {
+        return refuse(
+            None,
+            format!("No tool call found for function call output with call_id {id}."),
+        );
+    }
+    let sealed = sealed(account);
+    let foreign = |item: &&Value| {
+        item["encrypted_content"]
+            .as_str()
+            .is_some_and(|content| content != sealed)
+    };
+    history.iter().find(foreign).and_then(|item| {
+        let message = format!(
+            "The encrypted content for item {} could not be verified.",
+            item["id"].as_str().unwrap_or_default()
+        );
+        refuse(Some("invalid_encrypted_content"), message)
+    })
+}
+
+/// What a model thought, as only its account can send it back.
+pub(super) fn sealed(account: &str) -> String {
+    format!("gAAAA{}", BASE64_URL_SAFE_NO_PAD.encode(account))
 }

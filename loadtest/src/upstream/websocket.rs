@@ -10,14 +10,16 @@ use axum::{
     },
     response::{IntoResponse as _, Response},
 };
+use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
     account::authorize,
     answer::{self, Answer, Step},
+    connection::{Break, Link},
     fault::{Kind, Stage},
-    http::{limits, record, refused},
+    http::{check_turn_state, limits, record, refused},
     state::Shared,
     strict::{self, Transport},
 };
@@ -27,6 +29,7 @@ const BETA: &str = "responses_websockets=2026-02-06";
 /// `GET /backend-api/codex/responses`.
 pub(super) async fn accept(
     extract::State(shared): extract::State<Arc<Shared>>,
+    extract::ConnectInfo(link): extract::ConnectInfo<Link>,
     request: Request,
 ) -> Response {
     let (mut parts, _) = request.into_parts();
@@ -46,13 +49,27 @@ pub(super) async fn accept(
         )
             .into_response();
     }
+    let fault = shared.change(|state| state.due(&account, None, true));
+    if let Some((status, extra, error)) = refused(fault.as_ref()) {
+        let mut response = (status, Json(json!({ "error": error }))).into_response();
+        let out = response.headers_mut();
+        out.extend(limits(fault.as_ref(), shared.used_percent(&account)));
+        out.extend(extra);
+        return response;
+    }
+    match fault {
+        Some(Kind::Silence(_)) => shared.stopped().await,
+        Some(Kind::Cut(_)) => link.sever(Break::Reset).await,
+        Some(Kind::End(_)) => link.sever(Break::End).await,
+        _ => {}
+    }
     let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else {
         return StatusCode::BAD_REQUEST.into_response();
     };
     let (number, turn_state) = shared.change(|state| {
         state.sockets += 1;
         state.open_sockets += 1;
-        let turn_state = state.id("ts");
+        let turn_state = state.turn_state(&account);
         (state.sockets, turn_state)
     });
     let mut response = upgrade
@@ -135,6 +152,7 @@ impl Line {
             Some(self.number),
             200,
         );
+        check_turn_state(&shared, &self.headers, &frame, &self.account);
         let refuse = |status: u16| shared.attempt(n, |attempt| attempt.status = status);
         if let Some(error) = strict::refusal(&frame, Transport::WebSocket) {
             refuse(400);
@@ -156,7 +174,7 @@ impl Line {
             if frame["generate"] == false {
                 return None;
             }
-            state.due(&self.account, turn.as_deref())
+            state.due(&self.account, turn.as_deref(), false)
         });
         if let Some(given) = frame["previous_response_id"].as_str()
             && self.head.as_deref() != Some(given)
@@ -187,6 +205,10 @@ impl Line {
         if shared.config.bodies {
             shared.attempt(n, |attempt| attempt.history.clone_from(&self.history));
         }
+        if let Some(error) = strict::broken(&self.history, &self.account) {
+            refuse(400);
+            return self.error(400, error, None).await;
+        }
         let model = frame["model"].as_str().unwrap_or_default().to_owned();
         let id = shared.change(|state| state.id("resp"));
         if frame["generate"] == false {
@@ -202,6 +224,7 @@ impl Line {
         let answer = answer::plan(
             id,
             &model,
+            &self.account,
             &self.history,
             bytes,
             shared.config.deltas,
@@ -231,6 +254,12 @@ impl Line {
         }
         self.preamble().await?;
         for step in answer.steps {
+            if let Some(message) = self.socket.recv().now_or_never()
+                && self.interrupted(message).is_err()
+            {
+                shared.attempt(n, |attempt| attempt.cut = true);
+                return Err(Closed);
+            }
             match step {
                 Step::Reached(stage) => match &fault {
                     Some(Kind::Cut(at) | Kind::End(at)) if *at == stage => {
@@ -281,7 +310,7 @@ impl Line {
 
     /// What the backend says over a socket in place of headers.
     async fn preamble(&mut self) -> Result<(), Closed> {
-        let turn_state = self.shared.change(|state| state.id("ts"));
+        let turn_state = self.shared.change(|state| state.turn_state(&self.account));
         self.send(&json!({ "type": "response.metadata", "headers": { "x-codex-turn-state": turn_state, "x-models-etag": "\"fake-1\"" } })).await?;
         let window = |used: f64, minutes: u64| json!({ "used_percent": used, "window_minutes": minutes, "reset_at": super::account::epoch() + 9_000 });
         let used = self.shared.used_percent(&self.account);
