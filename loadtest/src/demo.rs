@@ -173,11 +173,11 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
     let used = pool["rate_limit"]["primary_window"]["used_percent"]
         .as_f64()
         .unwrap_or_default();
-    let sum = |name: &str| -> f64 {
+    let sum = |name: &str| {
         let lines = metrics.lines().filter(|line| line.starts_with(name));
         lines
-            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
-            .sum()
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+            .sum::<u64>()
     };
     let _infallible = write!(
         text,
