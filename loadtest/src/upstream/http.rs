@@ -302,7 +302,7 @@ pub(super) fn record(
     let metadata: Value = serde_json::from_str(&metadata).unwrap_or_default();
     let turn = metadata["turn_id"]
         .as_str()
-        .or(body["client_metadata"]["turn_id"].as_str());
+        .or_else(|| body["client_metadata"]["turn_id"].as_str());
     let headers: BTreeMap<String, String> = headers
         .iter()
         .filter(|_| shared.config.bodies)
