@@ -22,6 +22,7 @@ use crate::{
     drive::{Plan, Report, Transport, drive},
     process::{RunDir, cpu, rss_kib},
     rig::{Drawbridge, Fake},
+    say,
     upstream::{Fault, Kind},
 };
 
@@ -263,9 +264,4 @@ fn write(path: &Path, result: &Value) -> anyhow::Result<()> {
     fs::write(path, format!("{result:#}\n")).with_context(|| path.display().to_string())?;
     say(&format!("written to {}", path.display()));
     Ok(())
-}
-
-#[expect(clippy::print_stdout, reason = "the result is for whoever runs it")]
-fn say(text: &str) {
-    println!("{text}");
 }

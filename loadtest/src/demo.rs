@@ -12,6 +12,7 @@ use crate::{
     drive::{Plan, Report, Transport, drive},
     process::RunDir,
     rig::{Drawbridge, Fake, client},
+    say,
     upstream::{Fault, Kind},
 };
 
@@ -186,9 +187,4 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         sum("drawbridge_attempt_failures_total")
     );
     Ok(text)
-}
-
-#[expect(clippy::print_stdout, reason = "there is somebody to look at it")]
-fn say(text: &str) {
-    println!("{text}");
 }

@@ -20,7 +20,7 @@ fn drawbridge() -> PathBuf {
             "drawbridge",
         ])
         .status()
-        .unwrap();
+        .expect("cargo runs");
     assert!(built.success());
     Path::new(env!("CARGO_BIN_EXE_loadtest")).with_file_name("drawbridge")
 }
@@ -30,7 +30,7 @@ struct Demo(Child);
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        drop(kill_process(Pid::from_child(&self.0), Signal::TERM));
+        let _gone_already = kill_process(Pid::from_child(&self.0), Signal::TERM);
         drop(self.0.wait());
     }
 }
@@ -43,13 +43,13 @@ fn the_demo_shows_traffic_of_three_accounts_and_leaves_nothing_behind() {
         .args(["demo", "--seconds", "120", "--drawbridge"])
         .arg(drawbridge());
     let mut demo = Demo(command.stdout(Stdio::piped()).spawn().unwrap());
-    let lines = BufReader::new(demo.0.stdout.take().unwrap())
+    let mut lines = BufReader::new(demo.0.stdout.take().unwrap())
         .lines()
         .map(Result::unwrap);
 
     let (mut served, mut directory, mut seen) =
         (std::collections::BTreeMap::new(), None, String::new());
-    for line in lines {
+    for line in lines.by_ref() {
         seen += &format!("{line}\n");
         if let Some((_, rest)) = line.split_once("DRAWBRIDGE_DATA_DIR=") {
             directory = rest.split(' ').next().map(PathBuf::from);

@@ -1,5 +1,7 @@
 //! The fake is as strict as the backend it stands for, and each fault does what it says.
 
+#![expect(clippy::unwrap_used, reason = "what a helper cannot do fails its test")]
+
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
