@@ -92,7 +92,6 @@ impl Account {
             json!({
                 "auth_mode": "chatgpt",
                 "OPENAI_API_KEY": null,
-                "last_refresh": "2026-01-01T00:00:00Z",
                 "tokens": tokens(&self.name, login),
             })
             .to_string()

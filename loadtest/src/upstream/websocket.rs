@@ -152,6 +152,10 @@ impl Line {
         }
         let fault = shared.change(|state| {
             let turn = state.attempts[n].client_turn_id.clone();
+            // A prewarm uses up no fault: it generates nothing that could go wrong.
+            if frame["generate"] == false {
+                return None;
+            }
             state.due(&self.account, turn.as_deref())
         });
         if let Some(given) = frame["previous_response_id"].as_str()

@@ -1,3 +1,5 @@
+//! Selection as tables and as a property.
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::AtomicU32},

@@ -1,3 +1,5 @@
+//! The feeds, one case each.
+
 use http::{HeaderName, HeaderValue};
 use serde_json::json;
 
