@@ -263,7 +263,6 @@ pub(super) async fn token(
 }
 
 /// Whose token and account id these are; else the refusal.
-#[expect(clippy::result_large_err, reason = "the refusal is the answer")]
 pub(super) fn authorize(shared: &Shared, headers: &HeaderMap) -> Result<String, Response> {
     let text = |name: &str| {
         headers
