@@ -159,8 +159,13 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         "account", "status", "used", "turns", "tokens", "refreshes"
     );
     for account in listed.as_array().context("accounts list")? {
-        let name = account["label"].as_str().unwrap_or("?");
-        let (status, paid) = (account["status"].as_str().unwrap_or("?"), &paid[name]);
+        let name = account["label"]
+            .as_str()
+            .context("an account without a label")?;
+        let status = account["lifecycle"]
+            .as_str()
+            .context("an account without a life cycle")?;
+        let paid = &paid[name];
         let used = paid["used_percent"].as_f64().unwrap_or_default();
         let count = |field: &str| paid[field].as_u64().unwrap_or_default();
         let _infallible = writeln!(
