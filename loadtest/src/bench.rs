@@ -15,13 +15,14 @@ use std::{
 
 use anyhow::Context as _;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use self::nginx::Nginx;
 use crate::{
     drive::{Plan, Report, Transport, drive},
     process::{RunDir, cpu, rss_kib},
     rig::{Drawbridge, Fake},
+    say,
     upstream::{Fault, Kind},
 };
 
@@ -125,6 +126,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         });
     }
 
+    let fresh = resident(&targets)?;
     let mut rounds = Vec::new();
     for scenario in [Scenario::Burst, Scenario::Paced] {
         fake.fault(&scenario.fault()).await?;
@@ -147,10 +149,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         fake.no_faults().await?;
     }
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let mut idle = serde_json::Map::new();
-    for target in &targets {
-        idle.insert(target.name.to_owned(), rss_kib(&target.pids)?.into());
-    }
+    let idle = resident(&targets)?;
 
     let names: Vec<&str> = targets.iter().map(|target| target.name).collect();
     let rows = summary::rows(&rounds, &names, &idle);
@@ -160,10 +159,19 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         "versions": { "nginx": version("nginx", "-v"), "drawbridge": options.drawbridge.as_ref().map(|binary| version(binary, "--version")) },
         "load": { "events": EVENTS, "body_bytes": options.body_bytes, "rounds": options.rounds, "nginx_workers": nginx::WORKERS },
         "summary": rows,
+        "fresh_rss_kib": fresh,
         "idle_rss_kib": idle,
         "rounds": rounds,
     });
     write(&options.out, &result)
+}
+
+/// Memory of each proxy by name, in KiB.
+fn resident(targets: &[Target]) -> anyhow::Result<Map<String, Value>> {
+    targets
+        .iter()
+        .map(|target| Ok((target.name.to_owned(), rss_kib(&target.pids)?.into())))
+        .collect()
 }
 
 async fn load(
@@ -263,9 +271,4 @@ fn write(path: &Path, result: &Value) -> anyhow::Result<()> {
     fs::write(path, format!("{result:#}\n")).with_context(|| path.display().to_string())?;
     say(&format!("written to {}", path.display()));
     Ok(())
-}
-
-#[expect(clippy::print_stdout, reason = "the result is for whoever runs it")]
-fn say(text: &str) {
-    println!("{text}");
 }

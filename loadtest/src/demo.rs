@@ -12,6 +12,7 @@ use crate::{
     drive::{Plan, Report, Transport, drive},
     process::RunDir,
     rig::{Drawbridge, Fake, client},
+    say,
     upstream::{Fault, Kind},
 };
 
@@ -158,8 +159,13 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         "account", "status", "used", "turns", "tokens", "refreshes"
     );
     for account in listed.as_array().context("accounts list")? {
-        let name = account["label"].as_str().unwrap_or("?");
-        let (status, paid) = (account["status"].as_str().unwrap_or("?"), &paid[name]);
+        let name = account["label"]
+            .as_str()
+            .context("an account without a label")?;
+        let status = account["lifecycle"]
+            .as_str()
+            .context("an account without a life cycle")?;
+        let paid = &paid[name];
         let used = paid["used_percent"].as_f64().unwrap_or_default();
         let count = |field: &str| paid[field].as_u64().unwrap_or_default();
         let _infallible = writeln!(
@@ -173,11 +179,11 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
     let used = pool["rate_limit"]["primary_window"]["used_percent"]
         .as_f64()
         .unwrap_or_default();
-    let sum = |name: &str| -> f64 {
+    let sum = |name: &str| {
         let lines = metrics.lines().filter(|line| line.starts_with(name));
         lines
-            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
-            .sum()
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+            .sum::<u64>()
     };
     let _infallible = write!(
         text,
@@ -186,9 +192,4 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         sum("drawbridge_attempt_failures_total")
     );
     Ok(text)
-}
-
-#[expect(clippy::print_stdout, reason = "there is somebody to look at it")]
-fn say(text: &str) {
-    println!("{text}");
 }

@@ -136,7 +136,7 @@ impl Drop for MarkCut<'_> {
 }
 
 fn stream(shared: Arc<Shared>, n: usize, answer: Answer, fault: Option<Kind>) -> Response {
-    let (sender, mut receiver) = mpsc::channel(64);
+    let (sender, mut receiver) = mpsc::channel(256);
     shared.attempt(n, |attempt| attempt.response_id = Some(answer.id.clone()));
     tokio::spawn(async move {
         let ended = write(&shared, n, answer, fault, &sender).await;
@@ -181,7 +181,12 @@ async fn write(
                 }
                 _ => {}
             },
-            Step::Together(events) => send(events.iter().map(sse).collect()).await?,
+            // Each in a chunk of its own, as a server that flushes every event writes them.
+            Step::Together(events) => {
+                for event in &events {
+                    send(sse(event)).await?;
+                }
+            }
             Step::Event(event) => {
                 let completed = event["type"] == "response.completed";
                 if let Some(pace) = answer.pace
