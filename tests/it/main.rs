@@ -7,6 +7,7 @@ mod embedded;
 mod http;
 mod keys;
 mod ledger;
+mod process;
 mod quota;
 mod support;
 mod websocket;

@@ -25,7 +25,16 @@ impl CodexSocket {
         path: &str,
         key: &str,
     ) -> Result<Self, tungstenite::Error> {
-        let mut request = format!("ws://{}{path}", house.server.address)
+        Self::connect(&house.server.address.to_string(), path, key).await
+    }
+
+    /// The same at any address.
+    pub(crate) async fn connect(
+        address: &str,
+        path: &str,
+        key: &str,
+    ) -> Result<Self, tungstenite::Error> {
+        let mut request = format!("ws://{address}{path}")
             .into_client_request()
             .unwrap();
         let headers = request.headers_mut();
