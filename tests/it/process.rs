@@ -1,5 +1,9 @@
 //! The program as a user runs it: one process, its commands beside it, and what is left when it ends.
 
+mod config;
+mod drain;
+mod kill;
+
 use std::time::{Duration, Instant};
 
 use rustix::process::geteuid;

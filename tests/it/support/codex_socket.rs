@@ -51,7 +51,12 @@ impl CodexSocket {
 
     /// Sends a frame.
     pub(crate) async fn send(&mut self, frame: &Value) {
-        self.0.send(Message::text(frame.to_string())).await.unwrap();
+        self.try_send(frame).await.unwrap();
+    }
+
+    /// Sends a frame to a service that may be gone.
+    pub(crate) async fn try_send(&mut self, frame: &Value) -> Result<(), tungstenite::Error> {
+        self.0.send(Message::text(frame.to_string())).await
     }
 
     /// Sends any message.
