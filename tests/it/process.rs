@@ -3,6 +3,7 @@
 mod config;
 mod drain;
 mod kill;
+mod secrets;
 
 use std::time::{Duration, Instant};
 

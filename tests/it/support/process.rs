@@ -97,6 +97,8 @@ impl Home {
             .env("DRAWBRIDGE_ADMIN_LISTEN", "127.0.0.1:0")
             .env("DRAWBRIDGE_UPSTREAM_URL", self.upstream.url())
             .env("DRAWBRIDGE_AUTH_URL", self.upstream.auth_url())
+            // Who tests the end sets it otherwise; nobody else waits for it.
+            .env("DRAWBRIDGE_DRAIN_DELAY", "0s")
             .envs(self.environment.iter().cloned())
             .current_dir("/")
             .stdin(Stdio::null())
@@ -314,7 +316,8 @@ impl Service {
 
     /// A turn of a service that lives.
     pub(crate) async fn turn(&self, key: &str, turn: &str, text: &str) -> Response {
-        self.try_turn(key, turn, text).await.unwrap()
+        let answer = self.try_turn(key, turn, text).await;
+        answer.unwrap_or_else(|error| panic!("{turn}: {error:?}\n{}", self.log()))
     }
 
     /// A socket as the Codex CLI opens it.
