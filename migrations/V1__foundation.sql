@@ -56,7 +56,7 @@ create table account_credentials (
 create table account_models (
     account_id uuid primary key references accounts on delete cascade,
     models jsonb not null,
-    fetched_at timestamptz not null default clock_timestamp()
+    changed_at timestamptz not null default clock_timestamp()
 );
 
 -- A durable preference: affinity key -> account. Keys are stored as SHA-256 of length-framed (kind, value).

@@ -1,12 +1,11 @@
-//! The pool's accounts: who they are, their sealed credentials, their life cycle, the models they list, and which conversation prefers
-//! which of them.
+//! The upstream logins: rows of `accounts`, their sealed credentials, their model catalogues, and which of them a conversation prefers.
 //!
-//! A seat is (`chatgpt_account_id`, `chatgpt_user_id`); one seat is one row. Tokens and e-mails are sealed before they reach a statement. A
-//! credential has a generation: whoever writes tokens or condemns an account names the generation it acted on, and loses if it is old.
-//! Limits are none of this room's business.
+//! A seat, (`chatgpt_account_id`, `chatgpt_user_id`), has one row, however often it is imported. Tokens and e-mail addresses exist in the
+//! database only sealed for their row; the generation of a credential guards every change that was decided on an older one. This room
+//! knows no limits, no requests and no upstream: it stores what it is told.
 
 mod auth_file;
-mod claims;
+pub mod claims;
 pub mod sticky;
 mod store;
 
@@ -14,23 +13,135 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
+use tokio_postgres::Row;
 
 pub use self::{
     auth_file::{AuthFile, AuthFileError},
-    claims::Claims,
+    sticky::Sticky,
     store::STATEMENTS,
+};
+use self::{
+    claims::Claims,
+    store::{NewAccount, SealedTokens},
 };
 use crate::{
     bus::{self, Topic},
-    db::{self, Db, LockClass},
+    db::{self, Db},
     ids::AccountId,
     routing::Lifecycle,
     secret::{self, KeyRing, Pepper, Place},
 };
 
-/// The accounts in the database. Cheap to clone.
+/// Why something about an account could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database.
+    #[error(transparent)]
+    Db(#[from] db::Error),
+    /// What is stored does not open.
+    #[error(transparent)]
+    Secret(#[from] secret::Error),
+    /// It does not exist (any more).
+    #[error("no such account")]
+    Unknown,
+    /// Upstream has ended it; carries the status.
+    #[error("the account is {0}; only a new login (import) brings it back")]
+    Ended(Lifecycle),
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+/// An account as routing needs it.
+#[derive(Clone, Debug)]
+pub struct AccountEntry {
+    /// Its id.
+    pub id: AccountId,
+    /// Its life cycle.
+    pub lifecycle: Lifecycle,
+    /// Upstream's name of its plan, or `unknown`.
+    pub plan: String,
+    /// Slugs of its catalogue; `None` while that is unknown or empty.
+    pub models: Option<Arc<BTreeSet<String>>>,
+}
+
+/// An account as its operator sees it. It carries an e-mail address, so it does not print.
+#[derive(Clone, Serialize)]
+pub struct Listed {
+    /// Its id.
+    pub id: AccountId,
+    /// The person's address.
+    pub email: Option<String>,
+    /// The operator's name for it.
+    pub label: Option<String>,
+    /// Upstream's name of its plan, or `unknown`.
+    pub plan: String,
+    /// Its life cycle.
+    #[serde(serialize_with = "as_text")]
+    pub lifecycle: Lifecycle,
+    /// Why it is not active: upstream's code.
+    pub reason: Option<String>,
+    /// When it was first imported.
+    pub created_at: Timestamp,
+    /// When its tokens were issued.
+    pub refreshed_at: Timestamp,
+    /// When its access token ends, if it says.
+    pub access_expires_at: Option<Timestamp>,
+}
+
+/// What an import stored. It carries an e-mail address, so it does not print.
+#[derive(Clone, Serialize)]
+pub struct Imported {
+    /// The account.
+    pub id: AccountId,
+    /// Whether it is new; otherwise its tokens were replaced.
+    pub created: bool,
+    /// The person's address, if the tokens name it.
+    pub email: Option<String>,
+    /// The operator's name for it.
+    pub label: Option<String>,
+    /// Upstream's name of its plan, or `unknown`.
+    pub plan: String,
+}
+
+/// The tokens of one login.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    /// The bearer token.
+    pub access: SecretString,
+    /// Can be spent once.
+    pub refresh: SecretString,
+    /// Who it is.
+    pub id_token: Option<SecretString>,
+}
+
+/// An opened credential.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Grows with every change of the tokens.
+    pub generation: i64,
+    /// The bearer token.
+    pub access: SecretString,
+    /// Can be spent once.
+    pub refresh: SecretString,
+    /// Who it is.
+    pub id_token: Option<SecretString>,
+    /// When the access token ends, if it says.
+    pub access_expires_at: Option<Timestamp>,
+    /// When the tokens were issued.
+    pub refreshed_at: Timestamp,
+    /// The workspace.
+    pub chatgpt_account_id: Option<String>,
+    /// The account's life cycle.
+    pub lifecycle: Lifecycle,
+}
+
+/// The accounts of the installation. Cheap to clone; nothing is kept in memory.
 #[derive(Clone, Debug)]
 pub struct Accounts {
     db: Db,
@@ -38,205 +149,106 @@ pub struct Accounts {
     pepper: Pepper,
 }
 
-/// What selection needs of an account.
-#[derive(Clone, Debug)]
-pub struct AccountEntry {
-    /// Its id.
-    pub id: AccountId,
-    /// Whether it may serve.
-    pub lifecycle: Lifecycle,
-    /// Upstream's name of the plan.
-    pub plan: String,
-    /// Slugs that upstream lists for it; `None` while unknown.
-    pub models: Option<Arc<BTreeSet<String>>>,
-}
-
-/// An account as operators see it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Listed {
-    /// Its id.
-    pub id: AccountId,
-    /// The operator's name for it.
-    pub label: Option<String>,
-    /// Opened for display; never logged.
-    pub email: Option<String>,
-    /// Upstream's name of the plan.
-    pub plan: String,
-    /// `active`, `paused`, `reauth_required` or `deactivated`.
-    pub status: &'static str,
-    /// Why, where it is not active.
-    pub reason: Option<String>,
-    /// When it was first imported.
-    pub created_at: Timestamp,
-    /// When its tokens were last renewed.
-    pub refreshed_at: Timestamp,
-    /// When its access token ends.
-    pub access_expires_at: Option<Timestamp>,
-}
-
-/// The tokens of one login.
-#[derive(Clone)]
-pub struct Tokens {
-    /// For requests.
-    pub access: SecretString,
-    /// For one exchange.
-    pub refresh: SecretString,
-    /// Says whose they are.
-    pub id_token: Option<SecretString>,
-}
-
-/// A stored credential, opened.
-pub struct Stored {
-    /// Counts the writes of tokens.
-    pub generation: i64,
-    /// For requests.
-    pub access: SecretString,
-    /// For one exchange.
-    pub refresh: SecretString,
-    /// When the access token ends.
-    pub access_expires_at: Option<Timestamp>,
-    /// When the tokens were written.
-    pub refreshed_at: Timestamp,
-    /// Upstream's id of the workspace.
-    pub chatgpt_account_id: Option<String>,
-    /// Whether the account may serve.
-    pub lifecycle: Lifecycle,
-}
-
-/// What an import did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Imported {
-    /// The account.
-    pub id: AccountId,
-    /// False if the seat was there already and was given new tokens.
-    pub created: bool,
-}
-
-/// Why something could not be done with an account.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The database.
-    #[error(transparent)]
-    Db(#[from] db::Error),
-    /// A sealed value does not open.
-    #[error(transparent)]
-    Secret(#[from] secret::Error),
-    /// No such account.
-    #[error("there is no such account")]
-    Unknown,
-    /// Its present status does not allow that.
-    #[error("the account is {0}; only a new login brings it back")]
-    Status(Lifecycle),
-}
-
 impl Accounts {
-    /// The accounts of a database.
+    /// Accounts of a database whose secrets the ring opens.
     #[must_use]
     pub fn new(db: Db, ring: KeyRing, pepper: Pepper) -> Self {
         Self { db, ring, pepper }
     }
 
-    /// Stores a login: on the row of its seat, or on a new one. Imports of one workspace queue on its advisory lock.
-    ///
-    /// # Errors
-    /// Of the database.
-    pub async fn import(&self, file: &AuthFile, label: Option<&str>) -> Result<Imported, Error> {
-        let claims = file.claims();
-        let tx = self.db.begin().await?;
-        let workspace = file.account_id.as_deref().unwrap_or_default();
-        store::lock(&tx, LockClass::Seat, workspace).await?;
-        let seat = match (&file.account_id, &claims.user_id) {
-            (Some(account), Some(user)) => store::of_seat(&tx, account, user).await?,
-            _ => None,
-        };
-        let id = seat.unwrap_or_else(AccountId::new);
-        let row = id.to_string();
-        let email = claims.email.as_deref().map(|email| store::Email {
-            sealed: self.ring.seal(
-                Place {
-                    table: "accounts",
-                    row: &row,
-                    column: "email_sealed",
-                },
-                email.as_bytes(),
-            ),
-            hash: self
-                .pepper
-                .hash("email", email.to_ascii_lowercase().as_bytes()),
-        });
-        let profile = store::Profile {
-            chatgpt_account_id: file.account_id.as_deref(),
-            chatgpt_user_id: claims.user_id.as_deref(),
-            email,
-            label,
-            plan: claims.plan.as_deref().unwrap_or("unknown"),
-        };
-        store::put_account(&tx, id, &profile).await?;
-        store::put_credential(&tx, id, &self.seal(id, &file.tokens)).await?;
-        bus::bump(&tx, &[Topic::Accounts]).await?;
-        tx.commit().await?;
-        Ok(Imported {
-            id,
-            created: seat.is_none(),
-        })
-    }
-
-    /// Every account, for selection.
+    /// Every account, in order of its id.
     ///
     /// # Errors
     /// Of the database.
     pub async fn load_all(&self) -> Result<Vec<AccountEntry>, db::Error> {
-        store::entries(&self.db).await
+        store::load(&self.db).await
     }
 
-    /// Every account, for people, oldest first.
+    /// Every account in order of its id, with its address opened.
     ///
     /// # Errors
-    /// Of the database, or if an e-mail does not open.
+    /// Of the database, or if an address does not open.
     pub async fn list(&self) -> Result<Vec<Listed>, Error> {
-        let open = |row: store::ListedRow| {
-            let id = row.id.to_string();
-            let place = Place {
-                table: "accounts",
-                row: &id,
-                column: "email_sealed",
-            };
-            let email = row
-                .email_sealed
-                .map(|sealed| self.ring.open_text(place, &sealed))
+        let listed = |row: &Row| {
+            let id: AccountId = row.try_get(0)?;
+            let email: Option<Vec<u8>> = row.try_get(3)?;
+            let email = email
+                .map(|sealed| self.ring.open_text(email_of(&id.to_string()), &sealed))
                 .transpose()?;
             Ok(Listed {
-                id: row.id,
-                label: row.label,
+                id,
                 email: email.map(|email| email.expose_secret().to_owned()),
-                plan: row.plan,
-                status: row.lifecycle.as_str(),
-                reason: row.reason,
-                created_at: row.created_at,
-                refreshed_at: row.refreshed_at,
-                access_expires_at: row.access_expires_at,
+                label: row.try_get(4)?,
+                plan: row.try_get(2)?,
+                lifecycle: store::lifecycle(row.try_get(1)?),
+                reason: row.try_get(5)?,
+                created_at: row.try_get(6)?,
+                refreshed_at: row.try_get(7)?,
+                access_expires_at: row.try_get(8)?,
             })
         };
-        store::list(&self.db).await?.into_iter().map(open).collect()
+        store::list(&self.db).await?.iter().map(listed).collect()
     }
 
-    /// Sets an account aside; running turns end, new ones go elsewhere.
+    /// Stores a login: into the row of its seat if there is one, which makes it active again, else into a new one. Without a label the old
+    /// one stays.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Status`], or of the database.
+    /// Of the database.
+    pub async fn import(&self, file: &AuthFile, label: Option<&str>) -> Result<Imported, Error> {
+        let Claims {
+            email,
+            plan,
+            chatgpt_account_id,
+            chatgpt_user_id,
+        } = &file.claims;
+        let email_hash = email
+            .as_ref()
+            .map(|email| self.pepper.hash("email", email.to_lowercase().as_bytes()));
+        let account = NewAccount {
+            chatgpt_account_id: chatgpt_account_id.as_deref(),
+            chatgpt_user_id: chatgpt_user_id.as_deref(),
+            email_hash: email_hash.as_ref().map(<[u8; 32]>::as_slice),
+            label,
+            plan: plan.as_deref(),
+        };
+        let tx = self.db.begin().await?;
+        let known = store::lock_seat(&tx, seat_lock(account.chatgpt_account_id), &account).await?;
+        let id = known.unwrap_or_else(AccountId::new);
+        let email_sealed = email
+            .as_ref()
+            .map(|email| self.ring.seal(email_of(&id.to_string()), email.as_bytes()));
+        let (label, plan) = store::save_account(&tx, id, &account, email_sealed.as_deref()).await?;
+        let issued = file.refreshed_at.unwrap_or_else(|| self.db.clock().now());
+        store::save_credential(&tx, id, &self.seal(id, &file.tokens), issued).await?;
+        bus::bump(&tx, &[Topic::Accounts]).await?;
+        tx.commit().await?;
+        Ok(Imported {
+            id,
+            created: known.is_none(),
+            email: email.clone(),
+            label,
+            plan,
+        })
+    }
+
+    /// Takes an account out of service; its credential is kept fresh.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::Ended`], or of the database.
     pub async fn pause(&self, id: AccountId) -> Result<(), Error> {
-        self.switch(id, Lifecycle::Active, Lifecycle::Paused).await
+        self.operate(id, Lifecycle::Paused).await
     }
 
-    /// Lets a paused account serve again.
+    /// Puts a paused account back into service.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Status`], or of the database.
+    /// As [`Accounts::pause`].
     pub async fn resume(&self, id: AccountId) -> Result<(), Error> {
-        self.switch(id, Lifecycle::Paused, Lifecycle::Active).await
+        self.operate(id, Lifecycle::Active).await
     }
 
-    /// Removes an account with its tokens. Its turns stay in the ledger.
+    /// Deletes an account with everything that is known of it but its turns.
     ///
     /// # Errors
     /// [`Error::Unknown`], or of the database.
@@ -245,32 +257,40 @@ impl Accounts {
         if !store::delete(&tx, id).await? {
             return Err(Error::Unknown);
         }
-        bus::bump(&tx, &[Topic::Accounts]).await?;
+        bus::bump(&tx, &[Topic::Accounts, Topic::Models]).await?;
         Ok(tx.commit().await?)
     }
 
-    /// Notes upstream's verdict on a login, if the credential is still the one it was passed on. True if it was.
+    /// Notes upstream's verdict on a credential; yields whether that changed anything. It does not if the credential is not `generation`
+    /// any more, or the account has ended already. `reason` is a code, never upstream's text.
     ///
     /// # Errors
     /// Of the database.
     pub async fn set_lifecycle(
         &self,
         id: AccountId,
-        lifecycle: Lifecycle,
+        to: Lifecycle,
         reason: &str,
         generation: i64,
     ) -> Result<bool, db::Error> {
         let tx = self.db.begin().await?;
-        let done = store::condemn(&tx, id, lifecycle, reason, generation).await?;
-        if done {
-            tracing::warn!(account_id = %id, status = %lifecycle, reason, "an account is out of service");
+        let serving = matches!(
+            store::lock(&tx, id).await?,
+            Some(Lifecycle::Active | Lifecycle::Paused)
+        );
+        let judged = serving && store::generation(&tx, id).await? == Some(generation);
+        if judged {
+            store::set_status(&tx, id, to, Some(reason)).await?;
             bus::bump(&tx, &[Topic::Accounts]).await?;
         }
         tx.commit().await?;
-        Ok(done)
+        if judged {
+            tracing::warn!(account_id = %id, status = %to, reason, "an account is out of service");
+        }
+        Ok(judged)
     }
 
-    /// The credential of an account; `None` if there is no such account.
+    /// The opened credential of an account; `None` if there is no such account.
     ///
     /// # Errors
     /// Of the database, or if a token does not open.
@@ -278,62 +298,59 @@ impl Accounts {
         let Some(row) = store::credential(&self.db, id).await? else {
             return Ok(None);
         };
-        let key = id.to_string();
-        let open = |column, sealed: &[u8]| {
-            self.ring.open_text(
-                Place {
-                    table: "account_credentials",
-                    row: &key,
-                    column,
-                },
-                sealed,
-            )
-        };
+        let text = id.to_string();
+        let open = |column, sealed: &[u8]| self.ring.open_text(token_of(&text, column), sealed);
+        let id_token: Option<&[u8]> = row.try_get(5)?;
         Ok(Some(Stored {
-            generation: row.generation,
-            access: open("access_sealed", &row.access_sealed)?,
-            refresh: open("refresh_sealed", &row.refresh_sealed)?,
-            access_expires_at: row.access_expires_at,
-            refreshed_at: row.refreshed_at,
-            chatgpt_account_id: row.chatgpt_account_id,
-            lifecycle: row.lifecycle,
+            generation: row.try_get(2)?,
+            access: open(ACCESS, row.try_get(3)?)?,
+            refresh: open(REFRESH, row.try_get(4)?)?,
+            id_token: id_token.map(|sealed| open(ID, sealed)).transpose()?,
+            access_expires_at: row.try_get(6)?,
+            refreshed_at: row.try_get(7)?,
+            chatgpt_account_id: row.try_get(1)?,
+            lifecycle: store::lifecycle(row.try_get(0)?),
         }))
     }
 
-    /// Stores new tokens in place of generation `expected`; yields the new generation, or `None` if somebody else was faster.
+    /// Stores fresh tokens in place of those of `expected_generation`; yields the new generation. `None` if others came first, or the
+    /// account is gone. Without a plan, the tokens' own claim counts. Fresh tokens prove that the login lives: a peer that was told
+    /// otherwise, because this one had spent the refresh token and not stored its successor yet, is overruled.
     ///
     /// # Errors
     /// Of the database.
     pub async fn rotate(
         &self,
         id: AccountId,
-        expected: i64,
+        expected_generation: i64,
         tokens: &Tokens,
         plan: Option<&str>,
     ) -> Result<Option<i64>, Error> {
+        let claimed = tokens.claims().plan;
+        let sealed = self.seal(id, tokens);
         let tx = self.db.begin().await?;
-        let generation = store::rotate(&tx, id, expected, &self.seal(id, tokens), plan).await?;
-        if generation.is_some() {
-            bus::bump(&tx, &[Topic::Accounts]).await?;
+        let before = store::lock(&tx, id).await?;
+        if store::generation(&tx, id).await? != Some(expected_generation) {
+            return Ok(None);
         }
+        if before == Some(Lifecycle::ReauthRequired) {
+            store::set_status(&tx, id, Lifecycle::Active, None).await?;
+        }
+        let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
+        bus::bump(&tx, &[Topic::Accounts]).await?;
         tx.commit().await?;
-        Ok(generation)
+        Ok(Some(generation))
     }
 
-    /// Stores what upstream lists for an account; peers are told only if it is another list.
+    /// Stores an account's catalogue: upstream's array, each entry as it came.
     ///
     /// # Errors
     /// Of the database.
     pub async fn store_models(&self, id: AccountId, models: &Value) -> Result<(), db::Error> {
-        let tx = self.db.begin().await?;
-        if store::put_models(&tx, id, models).await? {
-            // The view knows which models an account lists.
-            bus::bump(&tx, &[Topic::Accounts, Topic::Models]).await?;
-        }
-        tx.commit().await
+        store::save_models(&self.db, id, models).await
     }
 
-    /// What upstream lists for each account, oldest account first.
+    /// The catalogues, in order of their accounts' ids; an account whose catalogue never came is not among them.
     ///
     /// # Errors
     /// Of the database.
@@ -341,40 +358,69 @@ impl Accounts {
         store::models(&self.db).await
     }
 
-    async fn switch(&self, id: AccountId, from: Lifecycle, to: Lifecycle) -> Result<(), Error> {
+    async fn operate(&self, id: AccountId, to: Lifecycle) -> Result<(), Error> {
         let tx = self.db.begin().await?;
-        match store::lifecycle(&tx, id).await? {
-            None => return Err(Error::Unknown),
-            Some(present) if present == to => {}
-            Some(present) if present == from => {
-                store::set_status(&tx, id, to).await?;
-                bus::bump(&tx, &[Topic::Accounts]).await?;
+        match store::lock(&tx, id).await?.ok_or(Error::Unknown)? {
+            now if now == to => return Ok(()),
+            Lifecycle::Active | Lifecycle::Paused => {}
+            ended @ (Lifecycle::ReauthRequired | Lifecycle::Deactivated) => {
+                return Err(Error::Ended(ended));
             }
-            Some(present) => return Err(Error::Status(present)),
         }
+        store::set_status(&tx, id, to, None).await?;
+        bus::bump(&tx, &[Topic::Accounts]).await?;
         Ok(tx.commit().await?)
     }
 
-    fn seal(&self, id: AccountId, tokens: &Tokens) -> store::Sealed {
-        let row = id.to_string();
-        let seal = |column, token: &SecretString| {
-            self.ring.seal_text(
-                Place {
-                    table: "account_credentials",
-                    row: &row,
-                    column,
-                },
-                token,
-            )
-        };
-        store::Sealed {
-            access: seal("access_sealed", &tokens.access),
-            refresh: seal("refresh_sealed", &tokens.refresh),
-            id_token: tokens
-                .id_token
-                .as_ref()
-                .map(|token| seal("id_sealed", token)),
-            access_expires_at: Claims::of(&tokens.access).expires_at,
+    fn seal(&self, id: AccountId, tokens: &Tokens) -> SealedTokens {
+        let id = id.to_string();
+        let seal = |column, token| self.ring.seal_text(token_of(&id, column), token);
+        SealedTokens {
+            access: seal(ACCESS, &tokens.access),
+            refresh: seal(REFRESH, &tokens.refresh),
+            id_token: tokens.id_token.as_ref().map(|token| seal(ID, token)),
+            access_expires_at: claims::expires_at(tokens.access.expose_secret()),
         }
     }
+}
+
+impl Tokens {
+    /// What the tokens say; the id token counts first.
+    fn claims(&self) -> Claims {
+        let id_token = self
+            .id_token
+            .as_ref()
+            .map_or("", |token| token.expose_secret());
+        Claims::read(&[id_token, self.access.expose_secret()])
+    }
+}
+
+const ACCESS: &str = "access_sealed";
+const REFRESH: &str = "refresh_sealed";
+const ID: &str = "id_sealed";
+
+fn token_of<'a>(row: &'a str, column: &'static str) -> Place<'a> {
+    Place {
+        table: "account_credentials",
+        row,
+        column,
+    }
+}
+
+fn email_of(row: &str) -> Place<'_> {
+    Place {
+        table: "accounts",
+        row,
+        column: "email_sealed",
+    }
+}
+
+/// The second key of the advisory lock of a workspace; two that share it only wait for each other.
+fn seat_lock(chatgpt_account_id: Option<&str>) -> i32 {
+    let [a, b, c, d, ..] = secret::digest(&[chatgpt_account_id.unwrap_or_default().as_bytes()]);
+    i32::from_be_bytes([a, b, c, d])
+}
+
+fn as_text<S: Serializer>(lifecycle: &Lifecycle, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(lifecycle)
 }

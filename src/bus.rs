@@ -196,9 +196,8 @@ impl Bus {
         }
         loop {
             self.poll().await;
-            match timeout(POLL, driver.next()).await {
-                Ok(None) => return Ok(Listened::Lost),
-                Ok(Some(_)) | Err(_) => {}
+            if let Ok(None) = timeout(POLL, driver.next()).await {
+                return Ok(Listened::Lost);
             }
         }
     }

@@ -186,10 +186,10 @@ impl Data {
     }
 
     async fn close(self) {
-        if let Some(cluster) = self.cluster {
-            if let Err(error) = cluster.close().await {
-                tracing::warn!(%error, "the embedded database");
-            }
+        if let Some(cluster) = self.cluster
+            && let Err(error) = cluster.close().await
+        {
+            tracing::warn!(%error, "the embedded database");
         }
     }
 }

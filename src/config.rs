@@ -33,7 +33,7 @@ pub struct Settings {
         value_name = "NAME"
     )]
     replica_name: Option<String>,
-    /// Postgres, possibly through a transaction pooler; unset = an embedded cluster in DATA_DIR
+    /// Postgres, possibly through a transaction pooler; unset = an embedded cluster in the data directory
     #[arg(
         long,
         global = true,
@@ -42,7 +42,7 @@ pub struct Settings {
         hide_env_values = true
     )]
     database_url: Option<SecretText>,
-    /// Postgres itself, for heartbeats and notifications [default: DATABASE_URL]
+    /// Postgres itself, for heartbeats and notifications [default: the same as above]
     #[arg(
         long,
         global = true,
@@ -79,7 +79,7 @@ pub struct Settings {
         value_name = "FILE"
     )]
     master_keys_file: Option<PathBuf>,
-    /// The Codex backend [default: https://chatgpt.com/backend-api]
+    /// The Codex backend [default: <https://chatgpt.com/backend-api>]
     #[arg(
         long,
         global = true,
@@ -87,7 +87,7 @@ pub struct Settings {
         value_name = "URL"
     )]
     upstream_url: Option<String>,
-    /// The token endpoint's origin [default: https://auth.openai.com]
+    /// The token endpoint's origin [default: <https://auth.openai.com>]
     #[arg(long, global = true, env = "DRAWBRIDGE_AUTH_URL", value_name = "URL")]
     auth_url: Option<String>,
     /// PEM file with further roots for upstream's certificates

@@ -221,10 +221,6 @@ impl Connection {
     ///
     /// # Errors
     /// Of the statement.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "checks statements against the schema; never on a request"
-    )]
     pub async fn check(&self, stmt: &Stmt) -> Result<(), Error> {
         self.0
             .prepare_typed(stmt.sql, stmt.types)

@@ -22,6 +22,9 @@ use crate::{
     turn::Stop,
 };
 
+/// Clients give up on longer ones, and limits are lifted early.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
+
 /// What went wrong, as clients can tell it apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
@@ -59,8 +62,6 @@ pub enum Code {
     ResponseInProgress,
     /// No account can serve.
     NoAccounts,
-    /// The process is about to stop.
-    Draining,
     /// Postgres is away, and without it this cannot be served.
     ContinuityUnavailable,
     /// Upstream answered in a way that is no answer.
@@ -90,7 +91,7 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 25] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
@@ -108,7 +109,6 @@ impl Code {
         Self::Overloaded,
         Self::ResponseInProgress,
         Self::NoAccounts,
-        Self::Draining,
         Self::ContinuityUnavailable,
         Self::UpstreamError,
         Self::UpstreamUnavailable,
@@ -205,7 +205,6 @@ impl Code {
                 server,
                 Some(30),
             ),
-            Self::Draining => row(StatusCode::SERVICE_UNAVAILABLE, "draining", server, Some(1)),
             Self::ContinuityUnavailable => row(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "continuity_unavailable",
@@ -408,6 +407,13 @@ impl From<Failure> for ApiError {
                 message: "No account of the pool is signed in upstream at the moment.".into(),
                 ..ours
             },
+            // Nor is one account's limit: its plan and its offers are not the client's.
+            (Class::RateLimit | Class::Quota, _) => Self {
+                message: "The accounts that could serve this have reached their limits.".into(),
+                resets_at: failure.resets_at,
+                retry_after: failure.retry_after.map(|wait| wait.min(LONGEST_WAIT)),
+                ..ours
+            },
             (Class::PreviousResponseNotFound, _) => ours,
             (_, None) if failure.code.is_none() => ours,
             (class, said) => {
@@ -426,7 +432,7 @@ impl From<Failure> for ApiError {
                     resets_at: failure.resets_at,
                     retry_after: failure
                         .retry_after
-                        .map(|wait| wait.min(Duration::from_secs(300)))
+                        .map(|wait| wait.min(LONGEST_WAIT))
                         .or(ours.retry_after),
                     body: failure.body,
                     ..ours
@@ -443,7 +449,11 @@ impl From<Stop> for ApiError {
             Stop::Exhausted { resets_at } => {
                 Self::new(Code::UsageLimitReached, "Every account of the pool has reached its usage limit.").resets_at(Some(resets_at))
             }
-            Stop::Nobody { why } => Self::new(Code::NoAccounts, format!("No account of the pool can serve this request: {why}.")),
+            // Why is in the log: it speaks of accounts that are none of the client's business.
+            Stop::Nobody { .. } => Self::new(
+                Code::NoAccounts,
+                "No account of the pool can serve this request at the moment.",
+            ),
             Stop::PreviousResponseNotFound => Self::new(
                 Code::PreviousResponseNotFound,
                 "The previous response is not known here any more; send the whole conversation without previous_response_id.",

@@ -20,6 +20,7 @@ use axum::{
     routing::{get, post},
 };
 use http::{HeaderValue, Uri};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -28,6 +29,7 @@ use crate::{
     api_key::ApiKeys,
     db::Clock,
     error::{ApiError, Code},
+    task::Tasks,
     turn::{Budget, Engine},
     upstream::Upstream,
 };
@@ -46,6 +48,8 @@ pub struct State {
     pub gate: Gate,
     /// Bytes of bodies held at once.
     pub bytes: Budget,
+    /// Counts the sockets.
+    pub tasks: Tasks,
     /// Set when sockets should move elsewhere.
     pub closing: CancellationToken,
 }
@@ -53,6 +57,18 @@ pub struct State {
 /// The raw socket address of the caller; forwarded headers never count.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub SocketAddr);
+
+/// A connection's place among those served at once; held as long as anything of it lives.
+#[derive(Clone, Debug)]
+pub struct Place(#[expect(dead_code, reason = "held for its Drop")] Arc<OwnedSemaphorePermit>);
+
+impl Place {
+    /// Takes a permit over.
+    #[must_use]
+    pub fn new(permit: OwnedSemaphorePermit) -> Self {
+        Self(Arc::new(permit))
+    }
+}
 
 /// The two families of routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

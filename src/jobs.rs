@@ -12,6 +12,8 @@ const PURGE: Duration = Duration::from_secs(600);
 const MENDED: Duration = Duration::from_secs(24 * 3600);
 /// How often the model catalogues are read.
 const MODELS: Duration = Duration::from_secs(3600);
+/// ... and how soon again where that failed.
+const MODELS_AGAIN: Duration = Duration::from_secs(60);
 
 /// Starts every job.
 pub fn start(
@@ -53,8 +55,9 @@ pub fn start(
     drop(tasks.spawn("models", async move {
         let refresh = async {
             loop {
-                upstream.refresh_models().await;
-                upstream.accounts_changed(MODELS).await;
+                let all = upstream.refresh_models().await;
+                let patience = if all { MODELS } else { MODELS_AGAIN };
+                upstream.accounts_changed(patience).await;
             }
         };
         stop.run_until_cancelled(refresh).await;

@@ -32,6 +32,9 @@ use crate::{
     telemetry,
 };
 
+/// After so long a statement that was sent has landed, or never will.
+const SLOWEST_OPENING: Duration = Duration::from_secs(30);
+
 /// The ledger of one process. Clones share the request log's queue.
 #[derive(Clone, Debug)]
 pub struct Ledger {
@@ -105,10 +108,14 @@ impl Ledger {
     pub fn withdraw(self, request: &Request, tasks: &Tasks) {
         let request = request.id;
         drop(tasks.spawn("withdraw", async move {
-            let mut backoff = Backoff::default();
-            while let Err(error) = store::withdraw(&self.db, self.boot, request).await {
-                if !backoff.pause(&error).await {
-                    return;
+            // Twice: the opening itself may still be on its way when the first finds nothing.
+            for pause in [Duration::ZERO, SLOWEST_OPENING] {
+                sleep(pause).await;
+                let mut backoff = Backoff::default();
+                while let Err(error) = store::withdraw(&self.db, self.boot, request).await {
+                    if !backoff.pause(&error).await {
+                        return;
+                    }
                 }
             }
         }));

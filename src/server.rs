@@ -124,6 +124,7 @@ impl Server {
             clock: db.clock().clone(),
             gate: ingress::Gate::new(config.key_rule, address),
             bytes: turn::Budget::default(),
+            tasks: tasks.clone(),
             closing: phase.closing.clone(),
         });
         let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
@@ -161,7 +162,11 @@ impl Server {
         let stopping = self.tasks.stopping();
         tokio::select! {
             () = stop.next() => {}
-            () = stopping.cancelled() => {}
+            // Without its heartbeat or its view there is nothing to drain for.
+            () = stopping.cancelled() => {
+                self.end().await;
+                return false;
+            }
         }
         tracing::info!(turns = self.engine.running(), "draining");
         tokio::select! {
@@ -202,10 +207,11 @@ impl Server {
         self.quota.flush().await;
         self.keys.flush().await;
         self.ledger.flush().await;
+        let ended = self.tasks.drained(LAST_WORDS).await;
+        // Last: from here on peers settle what is still open.
         if let Err(error) = self.replica.leave().await {
             tracing::warn!(%error, "left without saying so");
         }
-        let ended = self.tasks.drained(LAST_WORDS).await;
         self.db.close();
         if !ended {
             tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");

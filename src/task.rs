@@ -14,7 +14,10 @@ use std::{
 };
 
 use tokio::{task::JoinHandle, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tracing::Instrument as _;
 
 /// Spawns and tracks the tasks of one process. Clones share the same set.
@@ -83,6 +86,12 @@ impl Tasks {
                 work().await;
             }
         }));
+    }
+
+    /// Counts as a running task until it is dropped: for what others spawn.
+    #[must_use]
+    pub fn token(&self) -> TaskTrackerToken {
+        self.tracker.token()
     }
 
     /// Ends when the process should stop.

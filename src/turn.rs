@@ -27,7 +27,7 @@ use self::relay::Receiver;
 pub use self::{
     budget::{Budget, Held},
     event::Event,
-    session::{Busy, Session},
+    session::{Session, Unavailable},
 };
 use crate::{
     account::{Accounts, sticky::Sticky},
@@ -104,7 +104,6 @@ impl Transport {
 }
 
 /// One request of a client, understood and normalised.
-#[derive(Debug)]
 pub struct Ask {
     /// Drawn on arrival.
     pub id: TurnId,
@@ -256,6 +255,14 @@ impl Engine {
     #[must_use]
     pub fn session(&self) -> Session {
         Session::open(&self.0)
+    }
+
+    /// Starts a turn in a session, after those that wait there.
+    ///
+    /// # Errors
+    /// [`Unavailable`]; the client should come back on another socket.
+    pub fn start_in(&self, session: &Session, ask: Ask) -> Result<Receiver<Item>, Unavailable> {
+        session.start(Running::start(&self.0), ask)
     }
 
     /// Turns that run now.

@@ -29,6 +29,7 @@ use crate::{
     config,
     db::{Clock, Db},
     ids::AccountId,
+    protocol::{failure::Failure, limits::Family},
     quota::Quota,
     routing::View,
     task::Tasks,
@@ -46,10 +47,30 @@ pub mod deadline {
     pub const FIRST_EVENT: Duration = Duration::from_secs(60);
     /// Between two events.
     pub const IDLE: Duration = Duration::from_secs(300);
+    /// A whole turn; less than what the sweep takes for abandoned.
+    pub const TOTAL: Duration = Duration::from_secs(2 * 3600);
 }
 
 /// The longest that the view lags behind what this replica has learnt.
 const VIEW_LAG: Duration = Duration::from_millis(100);
+
+/// Why nothing came back: with the certainty that nothing was sent, or without.
+#[derive(Debug)]
+pub enum Unsent {
+    /// The connection failed.
+    Nothing(Failure),
+    /// The request may have arrived.
+    Perhaps(Failure),
+}
+
+impl Unsent {
+    /// The failure, whether or not something was sent.
+    #[must_use]
+    pub fn failure(self) -> Failure {
+        let (Self::Nothing(failure) | Self::Perhaps(failure)) = self;
+        failure
+    }
+}
 
 /// The way out. Cheap to clone.
 #[derive(Clone)]
@@ -109,7 +130,7 @@ impl Upstream {
     }
 
     /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
-    pub async fn shows_block(&self, account: AccountId) {
+    pub async fn shows_block(&self, account: AccountId, family: &Family) {
         let now = self.now();
         let mut view = self.view.clone();
         let blocked = view.wait_for(|view| {
@@ -117,7 +138,10 @@ impl Upstream {
                 .accounts
                 .iter()
                 .find(|candidate| candidate.id == account);
-            account.is_none_or(|account| account.blocks.iter().any(|block| block.until > now))
+            account.is_none_or(|account| {
+                let mut blocks = account.blocks.iter();
+                blocks.any(|block| block.family == family.as_str() && block.until > now)
+            })
         });
         // A block that has passed already is never shown.
         drop(tokio::time::timeout(VIEW_LAG, blocked).await);

@@ -37,6 +37,10 @@ pub struct Config {
     pub socket_age: Option<Duration>,
     /// Percent used that every answer reports for the short window.
     pub used_percent: f64,
+    /// What each completed response of an account adds to that.
+    pub percent_per_turn: f64,
+    /// Whether attempts keep their bodies and histories, which long runs cannot afford.
+    pub bodies: bool,
 }
 
 impl Default for Config {
@@ -45,6 +49,8 @@ impl Default for Config {
             deltas: 4,
             socket_age: None,
             used_percent: 12.0,
+            percent_per_turn: 0.0,
+            bodies: true,
         }
     }
 }
@@ -83,9 +89,17 @@ impl Upstream {
             )
             .route("/backend-api/codex/models", get(http::models))
             .route("/backend-api/wham/usage", get(http::usage))
+            .route("/__fake/ready", get(async || "ready"))
             .route("/__fake/state", get(control::state))
-            .route("/__fake/faults", post(control::fault))
-            .route("/__fake/accounts", post(control::account))
+            .route(
+                "/__fake/faults",
+                post(control::fault).delete(control::no_faults),
+            )
+            .route(
+                "/__fake/accounts",
+                post(control::account).get(control::accounts),
+            )
+            .route("/__fake/accounts/{name}/expire", post(control::expire))
             .layer(axum::extract::DefaultBodyLimit::max(128 << 20))
             .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move {

@@ -1,146 +1,190 @@
-//! The Codex CLI's `auth.json`.
+//! The Codex CLI's `auth.json`. Only a ChatGPT login can be pooled; a file with an API key alone is refused. Keys are accepted in snake
+//! and in camel case, unknown ones are ignored. No error carries anything of the file.
 
+use jiff::Timestamp;
 use secrecy::SecretString;
-use serde::Deserialize;
+use serde_json::Value;
 
-use super::{Claims, Tokens};
+use super::{
+    Tokens,
+    claims::{self, Claims},
+};
 
-/// A login as the Codex CLI keeps it.
+/// A login as the Codex CLI leaves it. It does not print.
 pub struct AuthFile {
     pub(super) tokens: Tokens,
-    pub(super) account_id: Option<String>,
+    pub(super) claims: Claims,
+    /// When the tokens were issued, as the file says.
+    pub(super) refreshed_at: Option<Timestamp>,
 }
 
-/// Why a file is no login. Never quotes it.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+/// Why a file is no login.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthFileError {
-    /// Not JSON, or not an object of the expected shape.
-    #[error("this is not the Codex CLI's auth.json (line {0})")]
-    NotJson(usize),
-    /// A login by API key.
+    /// Not JSON, or no object.
+    #[error("the file is not a JSON object")]
+    NotJson,
+    /// No `tokens`.
     #[error(
-        "this auth.json holds an API key and no ChatGPT login; run `codex login` and sign in with ChatGPT"
+        "the file has no ChatGPT login (`tokens`); an API key alone cannot be pooled: run `codex login` with ChatGPT"
     )]
-    ApiKeyOnly,
-    /// Something is missing.
-    #[error("this auth.json has no {0}")]
-    Missing(&'static str),
-}
-
-#[derive(Deserialize)]
-struct File {
-    #[serde(default)]
-    tokens: Option<FileTokens>,
-    #[serde(default, rename = "OPENAI_API_KEY")]
-    api_key: Option<SecretString>,
-}
-
-#[derive(Deserialize)]
-struct FileTokens {
-    #[serde(default, alias = "idToken")]
-    id_token: Option<SecretString>,
-    #[serde(default, alias = "accessToken")]
-    access_token: Option<SecretString>,
-    #[serde(default, alias = "refreshToken")]
-    refresh_token: Option<SecretString>,
-    #[serde(default, alias = "accountId")]
-    account_id: Option<String>,
+    NoLogin,
+    /// A token that is needed is missing, or is no printable text.
+    #[error("`tokens.{0}` is missing or is not a token")]
+    Token(&'static str),
+    /// Nothing by which the login could be told from another.
+    #[error("the tokens name neither a workspace nor a user nor an e-mail address")]
+    Anonymous,
 }
 
 impl AuthFile {
-    /// Reads the content of a file.
+    /// Reads the content of an `auth.json`.
     ///
     /// # Errors
-    /// If it is no login by ChatGPT.
+    /// If there is no complete login in it.
     pub fn parse(content: &[u8]) -> Result<Self, AuthFileError> {
-        let file: File = serde_json::from_slice(content)
-            .map_err(|error| AuthFileError::NotJson(error.line()))?;
-        let tokens = match (file.tokens, file.api_key) {
-            (Some(tokens), _) => tokens,
-            (None, Some(_)) => return Err(AuthFileError::ApiKeyOnly),
-            (None, None) => return Err(AuthFileError::Missing("tokens")),
+        let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content);
+        let file: Value = serde_json::from_slice(content).map_err(|_| AuthFileError::NotJson)?;
+        let file = file.as_object().ok_or(AuthFileError::NotJson)?;
+        let login = file
+            .get("tokens")
+            .filter(|login| login.is_object())
+            .ok_or(AuthFileError::NoLogin)?;
+        let find = |snake: &str, camel: &str| {
+            login
+                .get(snake)
+                .or_else(|| login.get(camel))
+                .and_then(claims::text)
         };
-        let tokens_of = Tokens {
-            access: tokens
-                .access_token
-                .ok_or(AuthFileError::Missing("access_token"))?,
-            refresh: tokens
-                .refresh_token
-                .ok_or(AuthFileError::Missing("refresh_token"))?,
-            id_token: tokens.id_token,
+        let token = |snake: &'static str, camel: &str| {
+            find(snake, camel)
+                .filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()))
+                .ok_or(AuthFileError::Token(snake))
         };
-        let named = tokens.account_id.filter(|id| !id.is_empty());
-        let mut file = Self {
-            tokens: tokens_of,
-            account_id: None,
+        let secret = |text: String| SecretString::from(text);
+        let tokens = Tokens {
+            access: token("access_token", "accessToken").map(secret)?,
+            refresh: token("refresh_token", "refreshToken").map(secret)?,
+            id_token: token("id_token", "idToken").map(secret).ok(),
         };
-        file.account_id = named.or_else(|| file.claims().account_id);
-        Ok(file)
-    }
-
-    /// What its tokens say of the seat: the id token first.
-    #[must_use]
-    pub fn claims(&self) -> Claims {
-        let access = Claims::of(&self.tokens.access);
-        let id = self
-            .tokens
-            .id_token
-            .as_ref()
-            .map(Claims::of)
-            .unwrap_or_default();
-        Claims {
-            email: id.email.or(access.email),
-            plan: id.plan.or(access.plan),
-            account_id: id.account_id.or(access.account_id),
-            user_id: id.user_id.or(access.user_id),
-            expires_at: access.expires_at,
+        let mut claims = tokens.claims();
+        claims.chatgpt_account_id = find("account_id", "accountId").or(claims.chatgpt_account_id);
+        if claims.chatgpt_account_id.is_none()
+            && claims.chatgpt_user_id.is_none()
+            && claims.email.is_none()
+        {
+            return Err(AuthFileError::Anonymous);
         }
+        let issued = file
+            .get("last_refresh")
+            .or_else(|| file.get("lastRefreshAt"))
+            .and_then(Value::as_str);
+        Ok(Self {
+            tokens,
+            claims,
+            refreshed_at: issued.and_then(|text| text.parse().ok()),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use secrecy::ExposeSecret as _;
+    use serde_json::json;
 
-    #[test]
-    fn what_is_no_login_is_named_without_being_quoted() {
-        let secret = "sk-very-secret";
-        for (content, expected) in [
-            ("not json sk-very-secret", AuthFileError::NotJson(1)),
-            (r#"["sk-very-secret"]"#, AuthFileError::NotJson(1)),
-            (
-                r#"{"OPENAI_API_KEY":"sk-very-secret"}"#,
-                AuthFileError::ApiKeyOnly,
-            ),
-            ("{}", AuthFileError::Missing("tokens")),
-            (
-                r#"{"tokens":{"refresh_token":"sk-very-secret"}}"#,
-                AuthFileError::Missing("access_token"),
-            ),
-            (
-                r#"{"tokens":{"access_token":"sk-very-secret"}}"#,
-                AuthFileError::Missing("refresh_token"),
-            ),
-        ] {
-            let error = AuthFile::parse(content.as_bytes()).err().unwrap();
-            assert_eq!(error, expected, "{content}");
-            assert!(!error.to_string().contains(secret));
-        }
+    use super::{super::claims::tests::jwt, *};
+
+    fn id_token() -> String {
+        jwt(&json!({
+            "email": "u@example.test",
+            "https://api.openai.com/auth": {"chatgpt_account_id": "acct-1", "chatgpt_user_id": "user-1", "chatgpt_plan_type": "pro"},
+        }))
+    }
+
+    fn parse(file: &Value) -> Result<AuthFile, AuthFileError> {
+        AuthFile::parse(file.to_string().as_bytes())
     }
 
     #[test]
-    fn both_spellings_are_read() {
-        for content in [
-            r#"{"tokens":{"access_token":"a","refresh_token":"r","account_id":"acct"},"OPENAI_API_KEY":null}"#,
-            r#"{"tokens":{"accessToken":"a","refreshToken":"r","accountId":"acct"},"more":1}"#,
+    fn a_file_of_the_codex_cli_is_read() {
+        let file = parse(&json!({
+            "auth_mode": "chatgpt", "OPENAI_API_KEY": null, "last_refresh": "2026-01-02T03:04:05.678901234Z",
+            "tokens": {"id_token": id_token(), "access_token": "access", "refresh_token": "refresh", "account_id": "acct-2"},
+        }))
+        .ok()
+        .unwrap();
+        assert_eq!(file.tokens.access.expose_secret(), "access");
+        assert_eq!(file.tokens.refresh.expose_secret(), "refresh");
+        assert_eq!(file.tokens.id_token.unwrap().expose_secret(), id_token());
+        assert_eq!(
+            file.claims.chatgpt_account_id.as_deref(),
+            Some("acct-2"),
+            "the file's own id counts first"
+        );
+        assert_eq!(file.claims.chatgpt_user_id.as_deref(), Some("user-1"));
+        assert_eq!(
+            file.refreshed_at,
+            Some("2026-01-02T03:04:05.678901234Z".parse().unwrap())
+        );
+    }
+
+    #[test]
+    fn camel_case_a_missing_id_token_and_a_byte_order_mark_are_fine() {
+        let json = json!({"lastRefreshAt": "yesterday", "tokens": {"accessToken": id_token(), "refreshToken": "refresh"}});
+        let file = AuthFile::parse(format!("\u{feff}{json}").as_bytes())
+            .ok()
+            .unwrap();
+        assert!(file.tokens.id_token.is_none());
+        assert_eq!(file.claims.chatgpt_account_id.as_deref(), Some("acct-1"));
+        assert_eq!(file.refreshed_at, None);
+    }
+
+    #[test]
+    fn what_is_no_login_is_refused_by_what_is_missing() {
+        for (file, expected) in [
+            (json!([]), AuthFileError::NotJson),
+            (json!("sk-canary"), AuthFileError::NotJson),
+            (json!({}), AuthFileError::NoLogin),
+            (
+                json!({"OPENAI_API_KEY": "sk-canary", "tokens": null}),
+                AuthFileError::NoLogin,
+            ),
+            (json!({"tokens": "canary"}), AuthFileError::NoLogin),
+            (
+                json!({"tokens": {"refresh_token": "canary"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "a", "refresh_token": ""}}),
+                AuthFileError::Token("refresh_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": 7, "refresh_token": "canary"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "can ary", "refresh_token": "r"}}),
+                AuthFileError::Token("access_token"),
+            ),
+            (
+                json!({"tokens": {"access_token": "canary", "refresh_token": "r"}}),
+                AuthFileError::Anonymous,
+            ),
+        ] {
+            let error = parse(&file).err().unwrap();
+            assert_eq!(error, expected);
+            assert!(!format!("{error} {error:?}").contains("canary"));
+        }
+        for garbage in [
+            &b""[..],
+            b"{",
+            b"\xff\xfe",
+            b"{\"tokens\": canary}",
+            b"access_token=canary",
         ] {
             assert_eq!(
-                AuthFile::parse(content.as_bytes())
-                    .ok()
-                    .unwrap()
-                    .account_id
-                    .as_deref(),
-                Some("acct")
+                AuthFile::parse(garbage).err().unwrap(),
+                AuthFileError::NotJson
             );
         }
     }

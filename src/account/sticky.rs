@@ -1,4 +1,5 @@
-//! Sticky sessions: a durable preference of a conversation for an account. It is a preference; nothing breaks when it is lost.
+//! Which account served a conversation last, so that its prompt cache is used again. A preference, never a promise: what cannot be read
+//! is treated as absent. The durable row is written by the ledger with the settlement of a turn; here it is read and remembered.
 
 use std::time::Duration;
 
@@ -6,25 +7,25 @@ use moka::sync::Cache;
 
 use super::store;
 use crate::{
-    db::{Db, Error},
+    db::{self, Db},
     ids::{AccountId, ScopeId},
     secret,
 };
 
-/// Preferences kept in memory, and for how long they are believed.
-const CACHED: u64 = 100_000;
-const CACHE_TIME: Duration = Duration::from_secs(600);
-/// Expired rows deleted by one statement.
-const BATCH: u64 = 1_000;
+/// Conversations remembered, and for how long.
+const REMEMBERED: u64 = 100_000;
+const REMEMBERED_FOR: Duration = Duration::from_secs(10 * 60);
+/// Rows of one DELETE.
+const BATCH: u16 = 1000;
 
-/// What a key is made of.
+/// What identifies a conversation, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// A thread of the client.
+    /// The client's thread.
     Thread,
-    /// A session of the client.
+    /// The client's session.
     Session,
-    /// The client's `prompt_cache_key`.
+    /// The request's `prompt_cache_key`.
     PromptCache,
 }
 
@@ -39,66 +40,64 @@ impl Kind {
         }
     }
 
-    /// How long a preference lasts after it was written.
+    /// How long a preference holds after its last use.
     #[must_use]
     pub fn ttl(self) -> Duration {
         match self {
-            Self::Thread | Self::Session => Duration::from_secs(24 * 3600),
-            Self::PromptCache => Duration::from_secs(1800),
+            Self::Thread | Self::Session => Duration::from_secs(24 * 60 * 60),
+            Self::PromptCache => Duration::from_secs(30 * 60),
         }
     }
 }
 
-/// What identifies a conversation; never the client's own text.
+/// A conversation's identity within a scope, without its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// What it is made of.
+    /// What the text was.
     pub kind: Kind,
-    /// SHA-256 of the length-framed kind and value.
+    /// SHA-256 of the length-framed kind and text.
     pub hash: [u8; 32],
 }
 
 impl Key {
-    /// The key of a client's value.
+    /// The key of a client's text.
     #[must_use]
     pub fn new(kind: Kind, value: &str) -> Self {
-        Self {
-            kind,
-            hash: secret::digest(&[kind.as_str().as_bytes(), value.as_bytes()]),
-        }
+        let hash = secret::digest(&[kind.as_str().as_bytes(), value.as_bytes()]);
+        Self { kind, hash }
     }
 }
 
-/// The preferences. Clones share the cache.
+/// The preferences. Clones share what is remembered.
 #[derive(Clone, Debug)]
 pub struct Sticky {
     db: Db,
-    cache: Cache<(ScopeId, Key), Option<AccountId>>,
+    known: Cache<(ScopeId, Key), Option<AccountId>>,
 }
 
 impl Sticky {
-    /// Nothing cached.
+    /// Nothing is remembered yet.
     #[must_use]
     pub fn new(db: Db) -> Self {
-        Self {
-            db,
-            cache: Cache::builder()
-                .max_capacity(CACHED)
-                .time_to_live(CACHE_TIME)
-                .build(),
-        }
+        let known = Cache::builder()
+            .max_capacity(REMEMBERED)
+            .time_to_live(REMEMBERED_FOR)
+            .build();
+        Self { db, known }
     }
 
-    /// The preferred account: from memory, else by one read. A database that is away prefers nothing.
+    /// The preferred account, from memory or by one read. It may be gone or unfit by now.
     pub async fn get(&self, scope: ScopeId, key: &Key) -> Option<AccountId> {
-        if let Some(known) = self.cache.get(&(scope, *key)) {
+        if let Some(known) = self.known.get(&(scope, *key)) {
             return known;
         }
-        match store::sticky(&self.db, scope, key.kind.as_str(), &key.hash).await {
-            Ok(account) => {
-                self.cache.insert((scope, *key), account);
-                account
-            }
+        match store::sticky(&self.db, scope, key).await {
+            // What was put during the read is newer.
+            Ok(found) => self
+                .known
+                .entry((scope, *key))
+                .or_insert(found)
+                .into_value(),
             Err(error) => {
                 tracing::debug!(%error, "a conversation's preference cannot be read");
                 None
@@ -106,21 +105,21 @@ impl Sticky {
         }
     }
 
-    /// Remembers a preference that is being written.
+    /// Remembers a preference in this process.
     pub fn put(&self, scope: ScopeId, key: &Key, account: AccountId) {
-        self.cache.insert((scope, *key), Some(account));
+        self.known.insert((scope, *key), Some(account));
     }
 
-    /// Deletes what has expired; yields how many.
+    /// Deletes the rows that have expired, in batches; yields their number.
     ///
     /// # Errors
-    /// Of the database.
-    pub async fn purge_expired(&self) -> Result<u64, Error> {
+    /// If the database cannot be asked; the batches before are deleted.
+    pub async fn purge_expired(&self) -> Result<u64, db::Error> {
         let mut purged = 0;
         loop {
-            let batch = store::purge_sticky(&self.db, BATCH.cast_signed()).await?;
+            let batch = store::purge_sticky(&self.db, BATCH.into()).await?;
             purged += batch;
-            if batch < BATCH {
+            if batch < BATCH.into() {
                 return Ok(purged);
             }
         }

@@ -1,177 +1,297 @@
-//! `drawbridge accounts`: imports, lists, sets aside and removes the pool's accounts.
+//! `drawbridge accounts`: the operator's hand on the pool. An account is named by its label, by its id, or by the start of its id.
 
-use std::{io::Read as _, path::PathBuf};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
+use jiff::Timestamp;
+use serde::Serialize;
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use super::Context;
 use crate::{
-    account::{Accounts, AuthFile, Listed},
+    account::{Accounts, AuthFile, Imported, Listed},
     ids::AccountId,
 };
 
-/// What to do with accounts.
+/// Digits of an id that name an account at least.
+const PREFIX: usize = 8;
+
+/// No auth.json is larger.
+const LARGEST: u64 = 1024 * 1024;
+
+/// What a person should know after an import.
+const AFTER_IMPORT: &str = r#"
+This login now belongs to Drawbridge: do not keep using the same auth.json elsewhere. Its refresh token can be spent
+once only, so whoever comes second is logged out. To make a login for Drawbridge alone:
+
+    CODEX_HOME=$(mktemp -d) sh -c 'codex login && drawbridge accounts import "$CODEX_HOME/auth.json"; rm -r "$CODEX_HOME"'"#;
+
+/// Import and manage upstream accounts
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
-    /// Take a login over from the Codex CLI's auth.json
+    /// Store a login of the Codex CLI; a known seat gets the new tokens and is active again
     Import {
-        /// The file, or - for standard input
+        /// The auth.json, or - for standard input
         file: PathBuf,
-        /// A name for people
+        /// A name of your own for the account
         #[arg(long)]
         label: Option<String>,
     },
-    /// List every account
+    /// Show every account
     List,
-    /// Set an account aside
+    /// Take an account out of service; its login is kept fresh
     Pause {
-        /// Beginning of the id (8 digits or more), or the label
-        id: String,
+        /// Label, id, or at least 8 digits of the id's start
+        account: String,
     },
-    /// Let a paused account serve again
+    /// Put a paused account back into service
     Resume {
-        /// Beginning of the id (8 digits or more), or the label
-        id: String,
+        /// Label, id, or at least 8 digits of the id's start
+        account: String,
     },
-    /// Remove an account with its tokens
+    /// Delete an account and its login
     Delete {
-        /// Beginning of the id (8 digits or more), or the label
-        id: String,
+        /// Label, id, or at least 8 digits of the id's start
+        account: String,
     },
 }
 
-/// Runs one of them.
+/// Runs a command.
 ///
 /// # Errors
-/// Of the database or the file, or if no account or several are meant.
+/// What a person at the terminal should read.
 pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::Result<()> {
     let accounts = Accounts::new(
         context.db.clone(),
         context.ring.clone(),
         context.installation.pepper.clone(),
     );
-    match command {
+    let (id, done) = match command {
         AccountsCommand::Import { file, label } => {
-            import(&accounts, context, &file, label.as_deref()).await
+            let label = label
+                .as_deref()
+                .map(str::trim)
+                .filter(|label| !label.is_empty());
+            let imported = accounts.import(&read(&file)?, label).await?;
+            return print(context, &imported, || told(&imported));
         }
-        AccountsCommand::List => list(&accounts.list().await?, context),
-        AccountsCommand::Pause { id } => {
-            let id = find(&accounts, &id).await?;
+        AccountsCommand::List => {
+            let listed = accounts.list().await?;
+            return print(context, &listed, || table(&listed));
+        }
+        AccountsCommand::Pause { account } => {
+            let id = find(&accounts.list().await?, &account)?;
             accounts.pause(id).await?;
-            done(context, id, "paused");
-            Ok(())
+            (id, "paused")
         }
-        AccountsCommand::Resume { id } => {
-            let id = find(&accounts, &id).await?;
+        AccountsCommand::Resume { account } => {
+            let id = find(&accounts.list().await?, &account)?;
             accounts.resume(id).await?;
-            done(context, id, "active");
-            Ok(())
+            (id, "resumed")
         }
-        AccountsCommand::Delete { id } => {
-            let id = find(&accounts, &id).await?;
+        AccountsCommand::Delete { account } => {
+            let id = find(&accounts.list().await?, &account)?;
             accounts.delete(id).await?;
-            done(context, id, "deleted");
-            Ok(())
+            (id, "deleted")
         }
+    };
+    print(context, &json!({"id": id, "done": done}), || {
+        format!("{id} {done}")
+    })
+}
+
+fn read(path: &Path) -> anyhow::Result<AuthFile> {
+    let source: Box<dyn Read> = if path == Path::new("-") {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?)
+    };
+    let mut content = Zeroizing::new(Vec::new());
+    source
+        .take(LARGEST)
+        .read_to_end(&mut content)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    AuthFile::parse(&content).with_context(|| format!("cannot import {}", path.display()))
+}
+
+/// The account of that label, that id, or an id that begins so.
+fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
+    let digits = |text: &str| text.replace('-', "").to_ascii_lowercase();
+    let prefix = digits(name);
+    let long_enough = prefix.len() >= PREFIX;
+    let labelled = accounts
+        .iter()
+        .filter(|account| account.label.as_deref() == Some(name));
+    let begins = accounts
+        .iter()
+        .filter(|account| long_enough && digits(&account.id.to_string()).starts_with(&prefix));
+    let labelled: Vec<_> = labelled.collect();
+    let found = if labelled.is_empty() {
+        begins.collect()
+    } else {
+        labelled
+    };
+    match found[..] {
+        [account] => Ok(account.id),
+        [] => bail!(
+            "no account has the label {name:?} or an id that begins with it (at least {PREFIX} digits)"
+        ),
+        _ => bail!(
+            "{} accounts are named {name:?}: use more digits of the id",
+            found.len()
+        ),
     }
 }
 
-async fn import(
-    accounts: &Accounts,
+fn print(
     context: &Context,
-    file: &PathBuf,
-    label: Option<&str>,
+    value: &impl Serialize,
+    text: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
-    let content = if file.as_os_str() == "-" {
-        let mut content = Vec::new();
-        std::io::stdin()
-            .read_to_end(&mut content)
-            .context("standard input")?;
-        content
-    } else {
-        std::fs::read(file).with_context(|| file.display().to_string())?
-    };
-    let login = AuthFile::parse(&content).with_context(|| file.display().to_string())?;
-    let imported = accounts.import(&login, label).await?;
-    if context.json {
-        println!(
-            "{}",
-            json!({ "id": imported.id, "created": imported.created })
-        );
-        return Ok(());
-    }
     println!(
-        "{} account {}",
-        if imported.created {
-            "imported"
+        "{}",
+        if context.json {
+            serde_json::to_string(value)?
         } else {
-            "renewed the login of"
-        },
-        imported.id
-    );
-    println!(
-        "\nThis login now belongs to Drawbridge: its refresh token works once, so two holders would log each other out. Delete\n\
-         {} and do not use it elsewhere. For a login of its own:\n\n    \
-         export CODEX_HOME=$(mktemp -d)\n    codex login\n    drawbridge accounts import \"$CODEX_HOME/auth.json\"\n    rm -r \"$CODEX_HOME\"",
-        file.display()
+            text()
+        }
     );
     Ok(())
 }
 
-fn list(accounts: &[Listed], context: &Context) -> anyhow::Result<()> {
-    if context.json {
-        println!("{}", serde_json::to_string(accounts)?);
-        return Ok(());
-    }
-    println!(
-        "{:<38}{:<16}{:<30}{:<10}{:<18}ACCESS TOKEN",
-        "ID", "LABEL", "E-MAIL", "PLAN", "STATUS"
-    );
-    for account in accounts {
-        println!(
-            "{:<38}{:<16}{:<30}{:<10}{:<18}{}",
-            account.id.to_string(),
-            account.label.as_deref().unwrap_or("-"),
-            account.email.as_deref().unwrap_or("-"),
-            account.plan,
-            account.status,
-            account
-                .access_expires_at
-                .map_or_else(|| "-".into(), |end| format!("until {end:.0}")),
-        );
-        if let Some(reason) = &account.reason {
-            println!("{:<38}{reason}", "");
-        }
-    }
-    Ok(())
-}
-
-/// The one account whose label is, or whose id begins with, `text`.
-async fn find(accounts: &Accounts, text: &str) -> anyhow::Result<AccountId> {
-    let all = accounts.list().await?;
-    let prefix = (text.len() >= 8).then_some(text.to_ascii_lowercase());
-    let meant = |account: &&Listed| {
-        account.label.as_deref() == Some(text)
-            || prefix
-                .as_ref()
-                .is_some_and(|prefix| account.id.to_string().starts_with(prefix.as_str()))
-    };
-    let found: Vec<_> = all.iter().filter(meant).collect();
-    match found.as_slice() {
-        [one] => Ok(one.id),
-        [] => {
-            bail!("no account has the label `{text}`, or an id that begins so (8 digits or more)")
-        }
-        _ => bail!("`{text}` means several accounts; give more of the id"),
-    }
-}
-
-fn done(context: &Context, id: AccountId, status: &str) {
-    if context.json {
-        println!("{}", json!({ "id": id, "status": status }));
+fn told(imported: &Imported) -> String {
+    let Imported {
+        id,
+        created,
+        email,
+        label,
+        plan,
+    } = imported;
+    let what = if *created {
+        "imported"
     } else {
-        println!("account {id} is {status}");
+        "updated: the new tokens replace the old ones"
+    };
+    let email = email.as_deref().unwrap_or("no e-mail address");
+    let label = label
+        .as_ref()
+        .map(|label| format!(", {label}"))
+        .unwrap_or_default();
+    format!("{id} ({email}, {plan}{label}) {what}\n{AFTER_IMPORT}")
+}
+
+/// One line per account under a heading, columns aligned.
+fn table(accounts: &[Listed]) -> String {
+    let minute = |time: Timestamp| time.strftime("%Y-%m-%d %H:%MZ").to_string();
+    let row = |account: &Listed| {
+        [
+            account.id.to_string(),
+            account.label.clone().unwrap_or_default(),
+            account.email.clone().unwrap_or_default(),
+            account.plan.clone(),
+            account.lifecycle.to_string(),
+            minute(account.refreshed_at),
+            account.access_expires_at.map(minute).unwrap_or_default(),
+            account.reason.clone().unwrap_or_default(),
+        ]
+    };
+    let heading = [
+        "ID",
+        "LABEL",
+        "EMAIL",
+        "PLAN",
+        "STATUS",
+        "REFRESHED",
+        "EXPIRES",
+        "REASON",
+    ]
+    .map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(heading)
+        .chain(accounts.iter().map(row))
+        .collect();
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: [usize; 8] = std::array::from_fn(width);
+    let line = |row: &[String; 8]| {
+        let cells = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::Lifecycle;
+
+    fn listed(id: &str, label: Option<&str>) -> Listed {
+        Listed {
+            id: id.parse().unwrap(),
+            email: Some("u@example.test".into()),
+            label: label.map(str::to_owned),
+            plan: "plus".into(),
+            lifecycle: Lifecycle::Active,
+            reason: None,
+            created_at: Timestamp::UNIX_EPOCH,
+            refreshed_at: Timestamp::UNIX_EPOCH,
+            access_expires_at: None,
+        }
+    }
+
+    #[test]
+    fn an_account_is_named_by_label_or_by_enough_of_its_id() {
+        let (one, two) = (
+            "019a0000-0000-7000-8000-000000000001",
+            "019a0000-0000-7000-8000-000000000002",
+        );
+        let accounts = [
+            listed(one, Some("mine")),
+            listed(two, Some("twice")),
+            listed("019b0000-0000-7000-8000-000000000003", Some("twice")),
+        ];
+        for (name, expected) in [
+            ("mine", Some(one)),
+            (one, Some(one)),
+            ("019A0000-0000-7000-8000-000000000002", Some(two)),
+            ("019a0000000070008000000000000002", Some(two)),
+            ("019b0000", Some("019b0000-0000-7000-8000-000000000003")),
+            ("019b000", None),
+            ("019a0000", None),
+            ("twice", None),
+            ("", None),
+            ("nobody's", None),
+        ] {
+            assert_eq!(
+                find(&accounts, name)
+                    .ok()
+                    .map(|id| id.to_string())
+                    .as_deref(),
+                expected,
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_table_is_aligned() {
+        let text = table(&[listed("019a0000-0000-7000-8000-000000000001", Some("mine"))]);
+        let [heading, row] = text.lines().collect::<Vec<_>>()[..] else {
+            panic!("{text}")
+        };
+        assert_eq!(heading.find("EMAIL"), row.find("u@example.test"));
+        assert_eq!(heading.find("REFRESHED"), row.find("1970-01-01 00:00Z"));
     }
 }

@@ -1,11 +1,16 @@
 //! Reads request bodies: bounded on the wire and decoded, zstd and gzip, within one budget of bytes for the whole replica.
 
+use std::time::Duration;
+
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, header};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    time::timeout,
+};
 use tokio_util::io::StreamReader;
 
 use crate::{
@@ -15,6 +20,8 @@ use crate::{
 
 /// One body, on the wire and decoded.
 pub(super) const LIMIT: usize = 64 << 20;
+/// How long a client may pause within a body.
+const CHUNK_TIME: Duration = Duration::from_secs(30);
 /// By how much room grows at first, where the length is not announced.
 const STEP: usize = 64 << 10;
 
@@ -58,7 +65,10 @@ async fn plain(
     let mut room = announced.unwrap_or(0);
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
-    while let Some(chunk) = chunks.next().await {
+    while let Some(chunk) = timeout(CHUNK_TIME, chunks.next())
+        .await
+        .map_err(|_| cut())?
+    {
         let chunk = chunk.map_err(|_| cut())?;
         let length = first.len() + rest.len() + chunk.len();
         if length > LIMIT {
@@ -96,12 +106,15 @@ async fn decoded(
     let mut body = BytesMut::new();
     loop {
         if body.len() == room {
-            let more = room.clamp(STEP, 8 << 20);
+            let more = room.clamp(STEP, 1 << 20);
             held.merge(take(budget, more)?);
             room += more;
             body.reserve(more);
         }
-        match decoder.read_buf(&mut body).await {
+        match timeout(CHUNK_TIME, decoder.read_buf(&mut body))
+            .await
+            .map_err(|_| cut())?
+        {
             Ok(0) => break,
             Ok(_) if body.len() > LIMIT => return Err(too_large()),
             Ok(_) => {}
@@ -135,7 +148,7 @@ fn reader(
     StreamReader::new(Box::pin(bounded))
 }
 
-fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
+pub(super) fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
     let full = || {
         ApiError::new(
             Code::Overloaded,

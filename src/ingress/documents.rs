@@ -73,7 +73,7 @@ async fn models(
     document(&state, &caller, &headers, body.to_string().into())
 }
 
-/// A document with a strong ETag and the pool's limits.
+/// A document with a strong `ETag` and the pool's limits.
 fn document(state: &State, caller: &Caller, headers: &HeaderMap, body: Bytes) -> Response {
     let digest = secret::digest(&[&body]);
     let hex: String = digest[..16]

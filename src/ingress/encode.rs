@@ -17,7 +17,7 @@ use crate::{
     protocol::{
         contract::{CollectError, Collector, Contract, Relay, failed_event},
         event::{self, Created, Kind},
-        failure::Failure,
+        failure::{Class, Failure},
         sse,
     },
     turn::{End, Event, Item, Stop, relay::Receiver},
@@ -44,6 +44,8 @@ pub(super) struct EventStream {
     /// Epoch seconds.
     created_at: i64,
     ended: bool,
+    /// Without an end: to be cut once everything due is out.
+    cut: bool,
 }
 
 /// How events are written.
@@ -83,6 +85,7 @@ impl EventStream {
             last: Instant::now(),
             created_at: now,
             ended: false,
+            cut: false,
         };
         if let Some(event) = first {
             stream.write(event);
@@ -187,13 +190,16 @@ impl Stream for EventStream {
                     }
                     Poll::Ready(None) => {
                         self.ended = true;
-                        return Poll::Ready(Some(Err(Cut)));
+                        self.cut = true;
                     }
                 }
             }
             if let Some(bytes) = self.flush() {
                 self.last = Instant::now();
                 return Poll::Ready(Some(Ok(bytes)));
+            }
+            if std::mem::take(&mut self.cut) {
+                return Poll::Ready(Some(Err(Cut)));
             }
             if self.ended {
                 return Poll::Ready(None);
@@ -212,17 +218,17 @@ impl Stream for EventStream {
     }
 }
 
-/// The error of a stop, and upstream's own event of it where the client should see that instead.
+/// The error of a stop, and upstream's own `response.failed` where the client reads more out of that. A limit or an account's trouble is
+/// told in our words: they are the pool's.
 pub(super) fn explain(stop: Stop) -> (ApiError, Option<Event>) {
     match stop {
         Stop::Upstream(failure, event) => {
-            let error = ApiError::from(failure);
-            // A limit or an account's trouble is told in our words: they are the pool's.
-            let pools = matches!(error.code_str(), "no_accounts" | "usage_limit_reached");
-            (
-                error,
-                event.filter(|event| event.kind() == Kind::Failed && !pools),
-            )
+            let upstreams = matches!(
+                failure.class,
+                Class::Request | Class::Transient | Class::Overloaded | Class::ModelUnsupported
+            );
+            let event = event.filter(|event| upstreams && event.kind() == Kind::Failed);
+            (failure.into(), event)
         }
         stop => (stop.into(), None),
     }

@@ -17,11 +17,8 @@ const KEY_HEADER: HeaderName = HeaderName::from_static("x-drawbridge-key");
 const KEY_PREFIX: &str = "dbk_";
 
 /// Headers that tell of a proxy or a browser in between. One of them, and the caller is not known to be on this machine.
-const BETWEEN: [HeaderName; 9] = [
+const BETWEEN: [HeaderName; 6] = [
     header::FORWARDED,
-    HeaderName::from_static("x-forwarded-for"),
-    HeaderName::from_static("x-forwarded-host"),
-    HeaderName::from_static("x-forwarded-proto"),
     header::VIA,
     HeaderName::from_static("x-real-ip"),
     header::ORIGIN,
@@ -90,18 +87,6 @@ pub(super) async fn authenticate(
             )),
         };
     };
-    checked(state, key).await
-}
-
-/// Checks the key of an open connection again.
-///
-/// # Errors
-/// 401 when it is no longer valid.
-pub(super) async fn renew(state: &State, headers: &HeaderMap) -> Result<Caller, ApiError> {
-    checked(state, presented(headers).unwrap_or_default()).await
-}
-
-async fn checked(state: &State, key: &str) -> Result<Caller, ApiError> {
     match state.keys.authenticate(key).await {
         Ok(key) => Ok(Caller::of(&key)),
         Err(AuthError::Expired) => Err(ApiError::new(

@@ -23,7 +23,7 @@ use crate::{
         request::{self, Facts, Request, Shape},
     },
     quota, task,
-    turn::{Ask, Caller, End, Event, Held, Item, Stop, Transport, relay::Receiver},
+    turn::{Ask, Caller, End, Event, Item, Stop, Transport, relay::Receiver},
 };
 
 /// How long the head of an answer waits for the first event, so that a refusal can still be a status.
@@ -278,7 +278,7 @@ async fn compacted(
             First::End(stop) => return Err(stop.into()),
         };
         let object = encode::collect(event, items, state.clock.now().as_second()).await?;
-        let answer = compact::answer(&object, dialect == Dialect::Codex);
+        let answer = compact::answer(&object);
         let answer = answer.ok_or_else(|| {
             ApiError::new(Code::UpstreamError, "Upstream returned no compaction item.")
         })?;
@@ -299,14 +299,4 @@ fn json(head: HeaderMap, object: Bytes) -> Response {
         HeaderValue::from_static("application/json"),
     );
     response
-}
-
-/// A question without a body to hold, for a frame.
-pub(super) fn held(state: &State, bytes: usize) -> Result<Held, ApiError> {
-    state.bytes.take(bytes).ok_or_else(|| {
-        ApiError::new(
-            Code::Overloaded,
-            "This replica is holding as many requests as it may; try again shortly.",
-        )
-    })
 }

@@ -16,17 +16,20 @@ use axum::{
 use bytes::Bytes;
 use http::HeaderMap;
 use tokio::time::{Instant as Deadline, sleep_until, timeout};
+use tokio_tungstenite::tungstenite;
 
-use super::{Dialect, Peer, State, encode, gate, responses};
+use super::{Dialect, Peer, Place, State, body, encode, gate, responses};
 use crate::{
+    config::Transport,
     error::{ApiError, Code},
     ids::TurnId,
     protocol::{
-        event::{Created, Kind},
+        contract::failed_event,
+        event::{self, Created, Kind},
         request::{self, Shape},
     },
     task,
-    turn::{Ask, Caller, End, Event, Item, Session, Stop, Transport, relay::Receiver},
+    turn::{self, Ask, Caller, End, Event, Item, Session, Stop, relay::Receiver},
 };
 
 /// One message from the client; as large as a body.
@@ -71,8 +74,19 @@ async fn accept(
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
+    if state.upstream.transport() == Transport::Http {
+        // Codex then speaks HTTP for the rest of its life, without a word to its user.
+        return ApiError::new(
+            Code::UpgradeRequired,
+            "This service is set to HTTP; use POST.",
+        )
+        .into_response();
+    }
     let pool = responses::limits(&state, &caller);
     let session = state.engine.session();
+    // The socket outlives its request: it counts as a task and as a connection until its end.
+    let counted = state.tasks.token();
+    let place = parts.extensions.get::<Place>().cloned();
     let mut response = upgrade
         .max_message_size(MESSAGE_BYTES)
         .max_frame_size(MESSAGE_BYTES)
@@ -80,6 +94,7 @@ async fn accept(
         .on_upgrade(move |socket| async move {
             Client {
                 state,
+                peer,
                 caller,
                 headers: parts.headers,
                 dialect,
@@ -88,6 +103,7 @@ async fn accept(
             }
             .serve()
             .await;
+            drop((counted, place));
         });
     response.headers_mut().extend(pool);
     response
@@ -96,6 +112,7 @@ async fn accept(
 /// One connected client.
 struct Client {
     state: Arc<State>,
+    peer: Peer,
     caller: Caller,
     /// Of the handshake.
     headers: HeaderMap,
@@ -108,6 +125,8 @@ struct Client {
 struct Running {
     items: Receiver<Item>,
     response_id: Option<String>,
+    /// Of the last event.
+    sequence: i64,
     /// When the next sign of life is due.
     keepalive: Deadline,
 }
@@ -142,7 +161,14 @@ impl Client {
             let done = match step {
                 Step::Item(item) => self.relay(&mut running, item).await,
                 Step::Message(Some(Ok(message))) => self.receive(&mut running, message).await,
-                Step::Message(Some(Err(_)) | None) => Err(Gone),
+                Step::Message(Some(Err(error))) => {
+                    if is_too_large(error) {
+                        self.close(close_code::SIZE, "a message is larger than 64 MiB")
+                            .await;
+                    }
+                    Err(Gone)
+                }
+                Step::Message(None) => Err(Gone),
                 Step::KeepAlive => self.keep_alive(&mut running).await,
                 Step::Drain => {
                     self.close(close_code::RESTART, "the service is restarting")
@@ -172,9 +198,10 @@ impl Client {
                     .await;
             }
             Message::Ping(_) | Message::Pong(_) => return Ok(()),
-            Message::Close(_) => return Err(Gone),
+            // The reply goes out with the next read, which then ends.
+            Message::Close(_) => return Ok(()),
         };
-        match frame_type(&text) {
+        match event::event_type(text.as_bytes()).as_deref() {
             None => {
                 self.refuse(&ApiError::new(
                     Code::InvalidJson,
@@ -196,6 +223,7 @@ impl Client {
                     *running = Some(Running {
                         items,
                         response_id: None,
+                        sequence: -1,
                         keepalive: Deadline::now() + KEEPALIVE,
                     });
                     Ok(())
@@ -208,13 +236,11 @@ impl Client {
     /// Starts the turn of one `response.create`.
     async fn create(&mut self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
         let arrived = Instant::now();
-        // The key may have been revoked since the handshake.
-        let caller = match self.caller.api_key() {
-            Some(_) => gate::renew(&self.state, &self.headers).await?,
-            None => self.caller.clone(),
-        };
+        // The key may have been revoked, or the first one made, since the handshake.
+        self.caller = gate::authenticate(&self.state, self.peer, &self.headers).await?;
+        let caller = self.caller.clone();
         let body = Bytes::from(text);
-        let held = responses::held(&self.state, body.len())?;
+        let held = body::take(&self.state.bytes, body.len())?;
         let mut request = if body.len() > LARGE {
             task::blocking(move || request::read(body, Shape::Frame)).await?
         } else {
@@ -231,16 +257,16 @@ impl Client {
             id: TurnId::new(),
             caller,
             route,
-            transport: Transport::WebSocket,
+            transport: turn::Transport::WebSocket,
             request,
             headers,
             held,
             arrived,
         };
-        self.session.start(ask).map_err(|_| {
+        self.state.engine.start_in(&self.session, ask).map_err(|_| {
             ApiError::new(
                 Code::Overloaded,
-                "Too many responses wait on this socket; try again shortly.",
+                "This socket takes no more responses; open another.",
             )
         })
     }
@@ -254,6 +280,8 @@ impl Client {
             Some(Item::Event(event)) => {
                 if let Some(running) = running {
                     running.keepalive = Deadline::now() + KEEPALIVE;
+                    running.sequence =
+                        event::sequence_number(&event.data()).unwrap_or(running.sequence);
                     if event.kind() == Kind::Created {
                         running.response_id =
                             Created::parse(&event.data()).and_then(|created| created.response_id);
@@ -271,14 +299,14 @@ impl Client {
             }
             Some(Item::Head(_)) => Ok(()),
             Some(Item::End(end)) => {
-                *running = None;
+                let ended = running.take();
                 match end {
                     End::Complete => Ok(()),
                     End::Failed(stop) => match encode::explain(*stop) {
                         (_, Some(event)) => self.event(event).await,
                         (error, None) => {
                             let pool = responses::limits(&self.state, &self.caller);
-                            self.refuse(&error.headers(pool)).await
+                            self.fail(ended, &error.headers(pool)).await
                         }
                     },
                 }
@@ -296,15 +324,26 @@ impl Client {
             return Ok(());
         };
         running.keepalive = Deadline::now() + KEEPALIVE;
-        match (&running.response_id, self.dialect) {
-            (_, Dialect::Codex) => {
+        match self.dialect {
+            Dialect::Codex => {
                 self.send(Message::Text(Utf8Bytes::from_static(
                     r#"{"type":"codex.keepalive"}"#,
                 )))
                 .await
             }
-            (_, Dialect::OpenAi) => self.send(Message::Ping(Bytes::new())).await,
+            Dialect::OpenAi => self.send(Message::Ping(Bytes::new())).await,
         }
+    }
+
+    /// Ends a response that has begun with a well-formed failure, and one that has not with an error.
+    async fn fail(&mut self, ended: Option<Running>, error: &ApiError) -> Result<(), Gone> {
+        let begun = ended.and_then(|ended| Some((ended.response_id?, ended.sequence)));
+        let Some((id, sequence)) = begun else {
+            return self.refuse(error).await;
+        };
+        let now = self.state.clock.now().as_second();
+        let json = failed_event(&id, None, sequence + 1, now, &error.object());
+        self.event(Event::from_json(json)).await
     }
 
     async fn event(&mut self, event: Event) -> Result<(), Gone> {
@@ -360,13 +399,7 @@ async fn keepalive_due(due: Option<Deadline>) {
     }
 }
 
-/// The `type` of a client's frame.
-fn frame_type(text: &str) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Frame {
-        r#type: String,
-    }
-    serde_json::from_str::<Frame>(text)
-        .ok()
-        .map(|frame| frame.r#type)
+fn is_too_large(error: axum::Error) -> bool {
+    let error = error.into_inner().downcast::<tungstenite::Error>();
+    error.is_ok_and(|error| matches!(*error, tungstenite::Error::Capacity(_)))
 }

@@ -9,24 +9,18 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
-/// The `response.compaction` object for a completed response object; `None` if it holds no compaction item. Codex (`codex`) takes that
-/// item alone, `/v1` the whole output.
+/// The `response.compaction` object for a completed response object: its last compaction item alone, since anything beside it would
+/// come back as history; `None` if there is none.
 #[must_use]
-pub fn answer(response: &[u8], codex: bool) -> Option<Bytes> {
+pub fn answer(response: &[u8]) -> Option<Bytes> {
     let response: Response<'_> = serde_json::from_slice(response).ok()?;
-    let mut output: Vec<Item<'_>> = response.output.into_iter().map(Item::new).collect();
-    let last = output.iter().rposition(|item| item.compaction)?;
-    if codex {
-        output = vec![output.swap_remove(last)];
-    }
-    let output = output
-        .into_iter()
-        .map(Item::with_known_id)
-        .collect::<Option<_>>()?;
+    let items = response.output.into_iter().map(Item::new);
+    let item = items.rev().find(|item| item.compaction)?;
     let answer = Answer {
         object: "response.compaction",
         id: response.id,
-        output,
+        created_at: response.created_at,
+        output: [item.with_known_id()?],
         usage: response.usage,
     };
     serde_json::to_vec(&answer).map(Bytes::from).ok()
@@ -36,6 +30,8 @@ pub fn answer(response: &[u8], codex: bool) -> Option<Bytes> {
 struct Response<'a> {
     #[serde(borrow)]
     id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    created_at: Option<&'a RawValue>,
     #[serde(borrow)]
     output: Vec<&'a RawValue>,
     #[serde(borrow)]
@@ -47,7 +43,9 @@ struct Answer<'a> {
     object: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a RawValue>,
-    output: Vec<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created_at: Option<&'a RawValue>,
+    output: [Box<RawValue>; 1],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<&'a RawValue>,
 }
@@ -99,26 +97,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codex_gets_the_compaction_alone_and_others_the_whole_output() {
+    fn a_client_gets_the_compaction_alone() {
         let item = r#"{"type":"compaction","id":"cmp_1","encrypted_content":"gA\u0041=","status":"completed"}"#;
         let message = r#"{"type":"message","id":"msg_1","content":[]}"#;
         let usage = r#"{"input_tokens":900,"output_tokens":40}"#;
         let response = format!(
-            r#"{{"object":"response","id":"resp_9","output":[{message},{item}],"usage":{usage},"model":"m"}}"#
+            r#"{{"object":"response","id":"resp_9","created_at":7,"output":[{message},{item}],"usage":{usage},"model":"m"}}"#
         );
-        for (codex, output) in [
-            (true, item.to_owned()),
-            (false, format!("{message},{item}")),
-        ] {
-            let expected = format!(
-                r#"{{"object":"response.compaction","id":"resp_9","output":[{output}],"usage":{usage}}}"#
-            );
-            assert_eq!(
-                answer(response.as_bytes(), codex).as_deref(),
-                Some(expected.as_bytes()),
-                "codex: {codex}"
-            );
-        }
+        let expected = format!(
+            r#"{{"object":"response.compaction","id":"resp_9","created_at":7,"output":[{item}],"usage":{usage}}}"#
+        );
+        assert_eq!(
+            answer(response.as_bytes()).as_deref(),
+            Some(expected.as_bytes())
+        );
     }
 
     #[test]
@@ -145,7 +137,7 @@ mod tests {
             let response = format!(r#"{{"output":[{given}]}}"#);
             let expected = format!(r#"{{"object":"response.compaction","output":[{expected}]}}"#);
             assert_eq!(
-                answer(response.as_bytes(), true).as_deref(),
+                answer(response.as_bytes()).as_deref(),
                 Some(expected.as_bytes()),
                 "{given}"
             );
@@ -153,10 +145,10 @@ mod tests {
     }
 
     #[test]
-    fn codex_gets_the_last_of_several_compactions() {
+    fn a_client_gets_the_last_of_several_compactions() {
         let response = br#"{"output":[{"type":"compaction","encrypted_content":"a"},{"type":"compaction","encrypted_content":"b"},{"type":"message"}]}"#;
         let expected = br#"{"object":"response.compaction","output":[{"type":"compaction","encrypted_content":"b"}]}"#;
-        assert_eq!(answer(response, true).as_deref(), Some(expected.as_slice()));
+        assert_eq!(answer(response).as_deref(), Some(expected.as_slice()));
     }
 
     #[test]
@@ -169,7 +161,7 @@ mod tests {
             "{}",
             "no JSON",
         ] {
-            assert_eq!(answer(response.as_bytes(), true), None, "{response}");
+            assert_eq!(answer(response.as_bytes()), None, "{response}");
         }
     }
 }

@@ -221,11 +221,16 @@ impl Failure {
     /// The upstream WebSocket was closed inside a turn.
     pub fn from_close(code: Option<u16>, now: i64) -> Self {
         match code {
-            Some(1009) => Self::local(
-                Class::TooLarge,
-                "Upstream refused a message of this size",
-                now,
-            ),
+            // A 413 would make Codex repeat it in vain.
+            Some(1009) => Self {
+                status: Some(400),
+                code: Some("payload_too_large".to_owned()),
+                ..Self::local(
+                    Class::Request,
+                    "Upstream refused a message of this size",
+                    now,
+                )
+            },
             _ => Self::truncated(now),
         }
     }
@@ -256,6 +261,11 @@ impl Failure {
             body: None,
             observed_at: now,
         }
+    }
+
+    /// Upstream's code, else the class: the reason in tables and logs.
+    pub fn word(&self) -> &str {
+        self.code.as_deref().unwrap_or_else(|| self.class.name())
     }
 
     /// Until when upstream does not want this account, epoch seconds, rounded up; `None` where it gave no hint at all.
@@ -416,7 +426,7 @@ mod tests {
 
     #[test]
     fn a_close_is_a_truncation_unless_it_says_too_big() {
-        assert_eq!(Failure::from_close(Some(1009), NOW).class, Class::TooLarge);
+        assert_eq!(Failure::from_close(Some(1009), NOW).class, Class::Request);
         for code in [None, Some(1000), Some(1006), Some(1011)] {
             assert_eq!(Failure::from_close(code, NOW).class, Class::Truncated);
         }

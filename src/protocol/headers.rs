@@ -43,10 +43,13 @@ const REQUEST: &[&str] = &[
     "origin",
     "referer",
     "true-client-ip",
+    "cdn-loop",
     "x-api-key",
+    "x-client-ip",
+    "x-cluster-client-ip",
     "x-real-ip",
 ];
-const REQUEST_PREFIXES: &[&str] = &["sec-fetch-", "x-forwarded-"];
+const REQUEST_PREFIXES: &[&str] = &["sec-fetch-", "x-envoy-", "x-forwarded-"];
 
 /// What upstream says to us only. The pool's limits, our turn state and our request id are put on elsewhere.
 const RESPONSE: &[&str] = &[

@@ -18,7 +18,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use memchr::memchr2;
+use memchr::memchr;
 
 pub use client::Client;
 use splice::{Container, quoted};
@@ -141,10 +141,12 @@ fn depth(mut json: &[u8]) -> usize {
             }
             b'}' | b']' => depth = depth.saturating_sub(1),
             b'"' => {
-                while let Some(at) = memchr2(b'"', b'\\', json) {
-                    let escape = json[at] == b'\\';
-                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
-                    if !escape {
+                // Escapes are many and quotes are few: what matters is how many backslashes stand before a quote.
+                while let Some(at) = memchr(b'"', json) {
+                    let (before, quote) = json.split_at(at);
+                    let slashes = before.iter().rev().take_while(|byte| **byte == b'\\');
+                    json = &quote[1..];
+                    if slashes.count() % 2 == 0 {
                         break;
                     }
                 }
@@ -155,12 +157,16 @@ fn depth(mut json: &[u8]) -> usize {
     deepest
 }
 
-/// The headers that a WebSocket cannot repeat per request; they travel in `client_metadata`.
-const CARRIED: [&str; 4] = [
-    "x-codex-turn-metadata",
-    "x-openai-subagent",
-    "x-codex-parent-thread-id",
-    "x-codex-window-id",
+/// The headers that a WebSocket cannot repeat per request, and what they are called in `client_metadata`.
+const CARRIED: [(&str, &str); 5] = [
+    ("x-codex-turn-metadata", "x-codex-turn-metadata"),
+    ("x-openai-subagent", "x-openai-subagent"),
+    ("x-codex-parent-thread-id", "x-codex-parent-thread-id"),
+    ("x-codex-window-id", "x-codex-window-id"),
+    (
+        "x-openai-internal-codex-responses-lite",
+        "ws_request_header_x_openai_internal_codex_responses_lite",
+    ),
 ];
 
 impl Request {
@@ -191,10 +197,10 @@ fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
     let Ok(mut metadata) = Container::object(raw) else {
         return; // upstream will say what it thinks of it
     };
-    for name in CARRIED {
+    for (name, key) in CARRIED {
         let value = headers.get(name).and_then(|value| value.to_str().ok());
-        if let Some(value) = value.filter(|_| metadata.get(name).is_none()) {
-            metadata.set(name, quoted(value));
+        if let Some(value) = value.filter(|_| metadata.get(key).is_none()) {
+            metadata.set(key, quoted(value));
         }
     }
     if let Some(edited) = metadata.finish() {

@@ -11,11 +11,14 @@ use crate::{
     config,
     ids::AccountId,
     protocol::{failure::Failure, headers},
-    upstream::{self, Upstream, credential::Credential, websocket::Socket},
+    upstream::{self, Unsent, Upstream, credential::Credential, websocket::Socket},
 };
 
 /// An idle socket is replaced before upstream ends it at 60 minutes.
 const SOCKET_AGE: Duration = Duration::from_secs(55 * 60);
+
+/// Upstream closes a socket on which a larger frame comes.
+const FRAME_BYTES: usize = 15 << 20;
 
 /// What carries the turns of one session, or one turn.
 pub(super) enum Carrier {
@@ -29,6 +32,8 @@ pub(super) enum Carrier {
 pub(super) struct Line {
     socket: Socket,
     account: AccountId,
+    /// Whether the conversation prefers another account, which could not serve when this was opened.
+    detour: bool,
     /// The response that upstream remembers: the last one that completed on this socket.
     head: Option<String>,
 }
@@ -49,11 +54,8 @@ impl Carrier {
     }
 
     /// The carrier of a client's WebSocket.
-    pub(super) fn for_session(upstream: &Upstream) -> Self {
-        match upstream.transport() {
-            config::Transport::Http => Self::Http,
-            config::Transport::Auto | config::Transport::WebSocket => Self::Socket(None),
-        }
+    pub(super) fn for_session() -> Self {
+        Self::Socket(None)
     }
 
     /// The word in the ledger.
@@ -77,7 +79,39 @@ impl Carrier {
         matches!(self, Self::Socket(Some(line)) if line.head.as_deref() == Some(response_id))
     }
 
-    /// Sends a turn to an account: on the open socket if it is that account's, else anew.
+    /// Whether the conversation is only visiting the account of the open socket.
+    pub(super) fn is_detour(&self) -> bool {
+        matches!(self, Self::Socket(Some(line)) if line.detour)
+    }
+
+    /// Connects to an account, unless the open socket is that account's. Nothing of the turn is sent yet.
+    pub(super) async fn open(
+        &mut self,
+        upstream: &Upstream,
+        account: AccountId,
+        credential: &Credential,
+        ask: &Ask,
+        detour: bool,
+    ) -> Result<(), Failure> {
+        let Self::Socket(place) = self else {
+            return Ok(());
+        };
+        if place.as_ref().is_some_and(|line| line.account == account) {
+            return Ok(());
+        }
+        *place = None;
+        let headers = headers::to_upstream_websocket(&ask.headers);
+        let socket = upstream.connect(account, credential, headers).await?;
+        *place = Some(Box::new(Line {
+            socket,
+            account,
+            detour,
+            head: None,
+        }));
+        Ok(())
+    }
+
+    /// Sends a turn: on the open socket, or as a request. What upstream takes in no frame goes as a request, too.
     pub(super) async fn send(
         &mut self,
         upstream: &Upstream,
@@ -86,32 +120,20 @@ impl Carrier {
         ask: &Ask,
     ) -> Result<Source<'_>, Unsent> {
         match self {
-            Self::Http => {
-                let headers = headers::to_upstream_http(&ask.headers);
-                let events = upstream
-                    .create(account, credential, headers, ask.request.body.clone())
-                    .await?;
-                Ok(Source::Http(events))
-            }
-            Self::Socket(place) => {
-                if place.as_ref().is_none_or(|line| line.account != account) {
-                    *place = None;
-                    let headers = headers::to_upstream_websocket(&ask.headers);
-                    let socket = upstream
-                        .connect(account, credential, headers)
-                        .await
-                        .map_err(Unsent::Nothing)?;
-                    *place = Some(Box::new(Line {
-                        socket,
-                        account,
-                        head: None,
-                    }));
-                }
-                let line = place.as_mut().expect("just opened");
+            Self::Socket(Some(line)) if ask.request.body.len() <= FRAME_BYTES => {
                 // Whatever becomes of this turn, upstream forgets the response before it.
                 line.head = None;
-                line.socket.send(frame(ask)).await?;
+                line.socket
+                    .send(frame(ask))
+                    .await
+                    .map_err(Unsent::Perhaps)?;
                 Ok(Source::Socket(line))
+            }
+            _ => {
+                let headers = headers::to_upstream_http(&ask.headers);
+                let body = ask.request.body.clone();
+                let events = upstream.create(account, credential, headers, body).await?;
+                Ok(Source::Http(events))
             }
         }
     }
@@ -130,13 +152,15 @@ impl Carrier {
         }
     }
 
-    /// Polls the idle socket. Ends when it was given up: upstream closed it, spoke out of turn, or it is old.
+    /// Polls the idle socket. Ends when it was given up: upstream closed it, or it is old.
     pub(super) async fn rest(&mut self) {
         match self {
             Self::Socket(place @ Some(_)) => {
                 let line = place.as_mut().expect("just matched");
                 let left = SOCKET_AGE.saturating_sub(line.socket.age());
-                drop(tokio::time::timeout(left, line.socket.next()).await);
+                // What upstream says between two turns belongs to none.
+                let ended = async { while let Ok(Some(_)) = line.socket.next().await {} };
+                drop(tokio::time::timeout(left, ended).await);
                 *place = None;
             }
             _ => std::future::pending().await,
@@ -148,20 +172,6 @@ impl Carrier {
         if let Self::Socket(Some(line)) = self {
             line.socket.close().await;
         }
-    }
-}
-
-/// Why nothing came back: with the certainty that nothing was sent, or without.
-pub(super) enum Unsent {
-    /// The connection or the handshake failed.
-    Nothing(Failure),
-    /// The request may have arrived.
-    Perhaps(Failure),
-}
-
-impl From<Failure> for Unsent {
-    fn from(failure: Failure) -> Self {
-        Self::Perhaps(failure)
     }
 }
 

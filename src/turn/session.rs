@@ -13,14 +13,15 @@ const MAILBOX: usize = 8;
 #[derive(Debug)]
 pub struct Session(mpsc::Sender<Job>);
 
-/// The mailbox is full.
+/// The session takes no turn any more: its mailbox is full, or its task is gone.
 #[derive(Debug)]
-pub struct Busy;
+pub struct Unavailable;
 
-#[derive(Debug)]
 struct Job {
     ask: Ask,
     out: relay::Sender<Item>,
+    /// A turn that waits counts as running: nobody may stop over its head.
+    running: Running,
 }
 
 impl Session {
@@ -34,16 +35,21 @@ impl Session {
     /// Starts a turn, or lets it wait for those before it.
     ///
     /// # Errors
-    /// [`Busy`] when too many wait.
-    pub fn start(&self, ask: Ask) -> Result<relay::Receiver<Item>, Busy> {
+    /// [`Unavailable`]; the client should come back on another socket.
+    pub(super) fn start(
+        &self,
+        running: Running,
+        ask: Ask,
+    ) -> Result<relay::Receiver<Item>, Unavailable> {
         let (out, receiver) = relay::channel();
-        self.0.try_send(Job { ask, out }).map_err(|_| Busy)?;
+        let job = Job { ask, out, running };
+        self.0.try_send(job).map_err(|_| Unavailable)?;
         Ok(receiver)
     }
 }
 
 async fn serve(engine: Arc<Inner>, mut jobs: mpsc::Receiver<Job>) {
-    let mut carrier = Carrier::for_session(&engine.upstream);
+    let mut carrier = Carrier::for_session();
     loop {
         // An idle socket is polled too: it answers pings, and its end is noticed before the next turn needs it.
         let job = tokio::select! {
@@ -52,8 +58,9 @@ async fn serve(engine: Arc<Inner>, mut jobs: mpsc::Receiver<Job>) {
             () = carrier.rest() => continue,
             () = engine.cancel.cancelled() => None,
         };
-        let Some(Job { ask, out }) = job else { break };
-        let running = Running::start(&engine);
+        let Some(Job { ask, out, running }) = job else {
+            break;
+        };
         run::run(&engine, ask, &out, &mut carrier).await;
         drop(running);
     }

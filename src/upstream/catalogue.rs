@@ -77,18 +77,18 @@ impl Upstream {
         order
     }
 
-    /// Reads the catalogue of every account that serves. What fails keeps its last good copy.
-    pub async fn refresh_models(&self) {
-        for account in self
-            .view()
-            .accounts
-            .iter()
-            .filter(|account| account.lifecycle == Lifecycle::Active)
-        {
-            if let Err(why) = self.refresh_account(account.id).await {
+    /// Reads the catalogue of every account that serves. What fails keeps its last good copy. True if nothing failed.
+    pub async fn refresh_models(&self) -> bool {
+        let mut all = true;
+        for account in &self.view().accounts {
+            if account.lifecycle == Lifecycle::Active
+                && let Err(why) = self.refresh_account(account.id).await
+            {
                 tracing::debug!(account_id = %account.id, why, "the models of an account are old");
+                all = false;
             }
         }
+        all
     }
 
     async fn refresh_account(&self, account: AccountId) -> Result<(), String> {

@@ -312,18 +312,11 @@ impl Inner {
             Ok(tokens) => self.store(account, generation, &tokens).await?,
             Err(RefreshError::Refused { code, lifecycle }) => {
                 tokio::time::sleep(RIVAL).await;
-                match self
+                let noted = self
                     .accounts
-                    .set_lifecycle(account, lifecycle, code, generation)
-                    .await
-                {
-                    Ok(true) => {
-                        tracing::warn!(account_id = %account, code, %lifecycle, "upstream refused an account's login")
-                    }
-                    Ok(false) => {}
-                    Err(error) => {
-                        tracing::warn!(account_id = %account, %error, "cannot note that a login was refused")
-                    }
+                    .set_lifecycle(account, lifecycle, &code, generation);
+                if let Err(error) = noted.await {
+                    tracing::warn!(account_id = %account, %error, "cannot note that a login was refused");
                 }
             }
             Err(error @ RefreshError::Transient { .. }) => {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
-use super::{Upstream, authorize, credential::Credential, deadline};
+use super::{Unsent, Upstream, authorize, credential::Credential, deadline};
 use crate::{
     db::Clock,
     ids::AccountId,
@@ -40,7 +40,7 @@ impl Upstream {
         credential: &Credential,
         mut headers: HeaderMap,
         body: Bytes,
-    ) -> Result<Events, Failure> {
+    ) -> Result<Events, Unsent> {
         headers.insert(
             header::ACCEPT,
             HeaderValue::from_static("text/event-stream"),
@@ -80,12 +80,13 @@ impl Upstream {
             .client
             .get(format!("{}{path}", self.base))
             .headers(headers);
-        let response = self.answered(account, request).await?;
+        let answered = self.answered(account, request).await;
+        let response = answered.map_err(Unsent::failure)?;
         let headers = response.headers().clone();
         let body = timeout(deadline::HEADERS, response.bytes())
             .await
             .map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
-        Ok((headers, body.map_err(|error| network(&error, self.now()))?))
+        Ok((headers, body.map_err(|_| Failure::truncated(self.now()))?))
     }
 
     /// Sends a request and waits for a head that says 200.
@@ -93,12 +94,12 @@ impl Upstream {
         &self,
         account: AccountId,
         request: reqwest::RequestBuilder,
-    ) -> Result<reqwest::Response, Failure> {
+    ) -> Result<reqwest::Response, Unsent> {
         let response = self.head(account, request).await?;
         if response.status() == StatusCode::OK {
             Ok(response)
         } else {
-            Err(self.refused(response).await)
+            Err(Unsent::Perhaps(self.refused(response).await))
         }
     }
 
@@ -107,12 +108,12 @@ impl Upstream {
         &self,
         account: AccountId,
         request: reqwest::RequestBuilder,
-    ) -> Result<reqwest::Response, Failure> {
+    ) -> Result<reqwest::Response, Unsent> {
         let began = Instant::now();
         let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
             .await
-            .map_err(|_| Failure::timeout(Deadline::Headers, self.now()))?
-            .map_err(|error| network(&error, self.now()))?;
+            .map_err(|_| Unsent::Perhaps(Failure::timeout(Deadline::Headers, self.now())))?
+            .map_err(|error| self.network(&error))?;
         let accepted =
             [StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS].contains(&response.status());
         let source = if accepted {
@@ -124,6 +125,19 @@ impl Upstream {
             self.quota.observe(account, &observation, began, source);
         }
         Ok(response)
+    }
+
+    /// What the network did, without URLs or addresses. Only a connection that never came up is known to have carried nothing.
+    fn network(&self, error: &reqwest::Error) -> Unsent {
+        let now = self.now();
+        match (error.is_connect(), error.is_timeout()) {
+            (true, true) => Unsent::Nothing(Failure::timeout(Deadline::Connect, now)),
+            (true, false) => {
+                let message = "Upstream cannot be reached";
+                Unsent::Nothing(Failure::local(Class::Network, message, now))
+            }
+            (false, _) => Unsent::Perhaps(Failure::truncated(now)),
+        }
     }
 
     /// Upstream's refusal, with the beginning of its body.
@@ -192,16 +206,5 @@ impl Events {
             error.to_string(),
             self.clock.now().as_second(),
         )
-    }
-}
-
-/// What the network did, without URLs or addresses.
-pub(super) fn network(error: &reqwest::Error, now: i64) -> Failure {
-    if error.is_timeout() {
-        Failure::timeout(Deadline::Connect, now)
-    } else if error.is_connect() {
-        Failure::local(Class::Network, "Upstream cannot be reached", now)
-    } else {
-        Failure::local(Class::Network, "The connection to upstream broke", now)
     }
 }

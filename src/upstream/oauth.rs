@@ -25,8 +25,8 @@ pub(super) enum RefreshError {
     /// Upstream will never take this refresh token again.
     #[error("upstream refused the refresh token: {code}")]
     Refused {
-        /// Upstream's code, of a closed list.
-        code: &'static str,
+        /// Upstream's code.
+        code: String,
         /// What the account is from now on: `ReauthRequired` or `Deactivated`.
         lifecycle: Lifecycle,
     },
@@ -82,42 +82,54 @@ struct Answer {
     id_token: Option<String>,
 }
 
-/// The codes that are final; every other one may pass.
-const FINAL: &[(&str, Lifecycle)] = &[
-    ("refresh_token_expired", Lifecycle::ReauthRequired),
-    ("refresh_token_reused", Lifecycle::ReauthRequired),
-    ("refresh_token_invalidated", Lifecycle::ReauthRequired),
-    ("invalid_grant", Lifecycle::ReauthRequired),
-    ("token_invalidated", Lifecycle::ReauthRequired),
-    ("token_expired", Lifecycle::ReauthRequired),
-    ("app_session_terminated", Lifecycle::ReauthRequired),
-    ("account_session_expired", Lifecycle::ReauthRequired),
-    ("account_auth_invalidated", Lifecycle::ReauthRequired),
-    ("account_deactivated", Lifecycle::Deactivated),
-    ("account_suspended", Lifecycle::Deactivated),
-    ("account_deleted", Lifecycle::Deactivated),
+/// What the codes mean for the account; nothing, where every account would be refused alike: the request, the place, the moment.
+const CODES: &[(&str, Option<Lifecycle>)] = &[
+    ("refresh_token_expired", Some(Lifecycle::ReauthRequired)),
+    ("refresh_token_reused", Some(Lifecycle::ReauthRequired)),
+    ("refresh_token_invalidated", Some(Lifecycle::ReauthRequired)),
+    ("invalid_grant", Some(Lifecycle::ReauthRequired)),
+    ("token_invalidated", Some(Lifecycle::ReauthRequired)),
+    ("token_expired", Some(Lifecycle::ReauthRequired)),
+    ("app_session_terminated", Some(Lifecycle::ReauthRequired)),
+    ("account_session_expired", Some(Lifecycle::ReauthRequired)),
+    ("account_auth_invalidated", Some(Lifecycle::ReauthRequired)),
+    ("account_deactivated", Some(Lifecycle::Deactivated)),
+    ("account_suspended", Some(Lifecycle::Deactivated)),
+    ("account_deleted", Some(Lifecycle::Deactivated)),
+    ("invalid_request", None),
+    ("invalid_request_error", None),
+    ("invalid_client", None),
+    ("invalid_scope", None),
+    ("unauthorized_client", None),
+    ("unsupported_grant_type", None),
+    ("unsupported_country_region_territory", None),
+    ("request_forbidden", None),
+    ("rate_limit_exceeded", None),
+    ("slow_down", None),
+    ("server_error", None),
+    ("temporarily_unavailable", None),
 ];
 
-/// A refusal is final by its code alone, and only as the client's fault: no outage may cost the pool its accounts.
+/// A refusal is final by its code alone, and only as the client's fault: no outage, and nobody on the way, may cost the pool its accounts.
+/// A code that is not in the table is upstream's word on this token all the same, but never worse than a lost login.
 fn refused(status: StatusCode, body: &[u8]) -> RefreshError {
     let error = ErrorBody::parse(body).unwrap_or_default();
-    let code = error
-        .code
-        .or(error.kind)
-        .unwrap_or_default()
-        .to_ascii_lowercase();
-    let ours = matches!(
+    let unknown = error.code.as_ref().map(|_| Lifecycle::ReauthRequired);
+    let code = error.code.or(error.kind).unwrap_or_default();
+    let code = code.to_ascii_lowercase();
+    let letter = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
+    let plain = !code.is_empty() && code.len() <= CODE_CHARS && code.bytes().all(letter);
+    let judged = matches!(
         status,
         StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
     );
-    match FINAL.iter().find(|(name, _)| ours && *name == code) {
-        Some(&(code, lifecycle)) => RefreshError::Refused { code, lifecycle },
+    let known = CODES.iter().find(|(name, _)| *name == code);
+    let lifecycle = known.map_or(unknown, |(_, lifecycle)| *lifecycle);
+    match lifecycle.filter(|_| judged && plain) {
+        Some(lifecycle) => RefreshError::Refused { code, lifecycle },
         None => {
-            let plain = code.len() <= CODE_CHARS
-                && code
-                    .bytes()
-                    .all(|byte| byte.is_ascii_lowercase() || byte == b'_');
-            transient(format!("{} {}", status.as_u16(), if plain { &code } else { "" }).trim_end())
+            let code = if plain { &code } else { "" };
+            transient(format!("{} {code}", status.as_u16()).trim_end())
         }
     }
 }
@@ -275,6 +287,24 @@ mod tests {
     }
 
     #[test]
+    fn a_code_means_the_same_for_every_status_that_judges_a_token() {
+        for (code, lifecycle) in CODES {
+            for status in [400, 401, 403] {
+                let body = json!({ "error": { "code": code } }).to_string();
+                let found = refused(StatusCode::from_u16(status).unwrap(), body.as_bytes());
+                let expected = match *lifecycle {
+                    Some(lifecycle) => RefreshError::Refused {
+                        code: (*code).to_owned(),
+                        lifecycle,
+                    },
+                    None => transient(&format!("{status} {code}")),
+                };
+                assert_eq!(found, expected);
+            }
+        }
+    }
+
+    #[test]
     fn every_row_of_the_refusals() {
         use Lifecycle::{Deactivated, ReauthRequired};
         let rows = [
@@ -342,7 +372,27 @@ mod tests {
             (
                 401,
                 json!({"error": {"code": "something_new"}}),
+                Ok(ReauthRequired),
+            ),
+            (
+                401,
+                json!({"error": {"type": "something_new"}}),
                 Err("401 something_new"),
+            ),
+            (
+                400,
+                json!({"error": {"code": null, "type": "invalid_request_error"}}),
+                Err("400 invalid_request_error"),
+            ),
+            (
+                403,
+                json!({"error": {"code": "unsupported_country_region_territory"}}),
+                Err("403 unsupported_country_region_territory"),
+            ),
+            (
+                429,
+                json!({"error": {"code": "something_new"}}),
+                Err("429 something_new"),
             ),
             (401, json!({"error": {"code": "rt_5ecret"}}), Err("401")),
             (401, json!("no object"), Err("401")),

@@ -39,20 +39,19 @@ pub(super) async fn keep(
     let stop = tasks.stopping();
     tasks.essential("view", async move {
         let follow = async {
+            let mut stale = false;
             loop {
-                let reload = tokio::select! {
-                    version = moved.changed() => version.is_some(),
-                    version = models.changed() => version.is_some(),
-                    changed = observed.changed() => { if changed.is_err() { return } false }
-                };
-                if reload {
-                    entries = loop {
-                        match accounts.load_all().await {
-                            Ok(entries) => break entries,
-                            Err(error) => tracing::warn!(%error, "the view of the pool is old"),
-                        }
-                        tokio::time::sleep(PAUSE).await;
-                    };
+                tokio::select! {
+                    version = moved.changed() => stale |= version.is_some(),
+                    version = models.changed() => stale |= version.is_some(),
+                    changed = observed.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(PAUSE), if stale => {}
+                }
+                if stale {
+                    match accounts.load_all().await {
+                        Ok(read) => (entries, stale) = (read, false),
+                        Err(error) => tracing::warn!(%error, "the view of the pool is old"),
+                    }
                 }
                 sender.send_replace(Arc::new(build(&entries, &quota, &mut counters)));
                 tokio::time::sleep(THROTTLE).await;

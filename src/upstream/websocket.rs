@@ -14,11 +14,11 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{Upstream, authorize, credential::Credential, http::network};
+use super::{Unsent, Upstream, authorize, credential::Credential, deadline};
 use crate::{
     db::Clock,
     ids::AccountId,
-    protocol::failure::{Class, Failure},
+    protocol::failure::{Class, Deadline, Failure},
 };
 
 /// For the closing handshake.
@@ -61,7 +61,8 @@ impl Upstream {
             .client
             .get(format!("{}/codex/responses", self.base))
             .headers(headers);
-        let response = self.head(account, request).await?;
+        let answered = self.head(account, request).await;
+        let response = answered.map_err(Unsent::failure)?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.refused(response).await);
         }
@@ -79,7 +80,7 @@ impl Upstream {
         let upgraded = response
             .upgrade()
             .await
-            .map_err(|error| network(&error, self.now()))?;
+            .map_err(|_| Failure::truncated(self.now()))?;
         let stream = WebSocketStream::from_raw_socket(upgraded, Role::Client, Some(config())).await;
         Ok(Socket {
             stream,
@@ -115,10 +116,14 @@ impl Socket {
     /// # Errors
     /// If the connection is lost; the frame may or may not have arrived.
     pub async fn send(&mut self, text: Utf8Bytes) -> Result<(), Failure> {
-        self.stream
-            .send(Message::Text(text))
-            .await
-            .map_err(|error| self.broken(&error))
+        // A peer that reads nothing must not hold a turn for ever.
+        match timeout(deadline::HEADERS, self.stream.send(Message::Text(text))).await {
+            Ok(sent) => sent.map_err(|error| self.broken(&error)),
+            Err(_) => Err(Failure::timeout(
+                Deadline::Headers,
+                self.clock.now().as_second(),
+            )),
+        }
     }
 
     /// The next text frame; `None` when upstream closed the socket. Pings are answered here, so an idle socket must be polled too.

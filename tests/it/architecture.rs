@@ -123,9 +123,7 @@ fn sql_stands_in_stores_and_in_db() {
             continue;
         }
         for (number, line) in without_tests(&text).lines().enumerate() {
-            let quoted = line
-                .trim_start()
-                .trim_start_matches(|c| c == 'r' || c == '#');
+            let quoted = line.trim_start().trim_start_matches(['r', '#']);
             let code = !line.trim_start().starts_with("//");
             if code
                 && verbs.iter().any(|verb| {

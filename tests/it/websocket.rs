@@ -279,3 +279,36 @@ async fn an_idle_socket_is_closed_for_a_restart_when_the_process_closes() {
     assert!(stopped);
     assert_eq!(u16::from(closed.unwrap().code), 1012);
 }
+
+#[tokio::test]
+async fn a_service_that_is_set_to_http_sends_sockets_there() {
+    let transport = drawbridge::config::Transport::Http;
+    let house = House::planned(Plan {
+        transport,
+        ..Plan::default()
+    })
+    .await;
+    let error = CodexSocket::try_open(&house, CODEX, house.key())
+        .await
+        .err()
+        .unwrap();
+    let tokio_tungstenite::tungstenite::Error::Http(response) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(response.status(), 426, "Codex falls back without a word");
+}
+
+#[tokio::test]
+async fn an_http_client_may_ride_an_upstream_socket() {
+    let transport = drawbridge::config::Transport::WebSocket;
+    let house = House::planned(Plan {
+        transport,
+        ..Plan::default()
+    })
+    .await;
+    let frames = crate::support::house::events(house.codex_turn("t", "turn-1", "hi").await).await;
+    assert_eq!(text_of(&frames), "echo: hi..");
+    let attempts = house.upstream.attempts();
+    assert_eq!(attempts[0].transport, "websocket");
+    assert_eq!(attempts[0].client_turn_id.as_deref(), Some("turn-1"));
+}

@@ -33,6 +33,10 @@ pub struct Login {
     used_refresh: Vec<String>,
     revoked: bool,
     lifetime: Duration,
+    /// Responses that were completed.
+    pub turns: u32,
+    /// Tokens of those.
+    pub tokens: u64,
     /// Exchanges that gave new tokens.
     pub exchanges: usize,
     /// Exchanges that were refused because the token had been used.
@@ -65,6 +69,8 @@ impl Account {
                     used_refresh: Vec::new(),
                     revoked: false,
                     lifetime: Duration::from_secs(86_400),
+                    turns: 0,
+                    tokens: 0,
                     exchanges: 0,
                     reuses: 0,
                     failures: Vec::new(),
@@ -86,7 +92,6 @@ impl Account {
             json!({
                 "auth_mode": "chatgpt",
                 "OPENAI_API_KEY": null,
-                "last_refresh": "2026-01-01T00:00:00Z",
                 "tokens": tokens(&self.name, login),
             })
             .to_string()

@@ -34,6 +34,34 @@ pub(super) async fn fault(
     Json(json!({})).into_response()
 }
 
+/// `DELETE /__fake/faults`.
+pub(super) async fn no_faults(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    shared.change(|state| state.faults.clear());
+    Json(json!({})).into_response()
+}
+
+/// `POST /__fake/accounts/{name}/expire`: its access token is not accepted any more.
+pub(super) async fn expire(
+    extract::State(shared): extract::State<Arc<Shared>>,
+    extract::Path(name): extract::Path<String>,
+) -> Response {
+    Account::of(&shared, &name).expire();
+    Json(json!({})).into_response()
+}
+
+/// `GET /__fake/accounts`: what each account has paid for, by name.
+pub(super) async fn accounts(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    let paid = shared.read(|state| {
+        let paid = state.logins.iter().map(|(name, login)| (name.clone(), json!({ "turns": login.turns, "tokens": login.tokens, "exchanges": login.exchanges })));
+        paid.collect::<std::collections::BTreeMap<_, _>>()
+    });
+    let paid = paid.into_iter().map(|(name, mut login)| {
+        login["used_percent"] = shared.used_percent(&name).into();
+        (name, login)
+    });
+    Json(paid.collect::<serde_json::Map<_, _>>()).into_response()
+}
+
 /// The body of `POST /__fake/accounts`.
 #[derive(Deserialize)]
 pub(super) struct Named {

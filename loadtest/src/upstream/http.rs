@@ -54,7 +54,9 @@ pub(super) async fn create(
     }
     let history = body["input"].as_array().cloned().unwrap_or_default();
     let fault = shared.change(|state| {
-        state.attempts[n].history.clone_from(&history);
+        if shared.config.bodies {
+            state.attempts[n].history.clone_from(&history);
+        }
         let turn = state.attempts[n].client_turn_id.clone();
         state.due(&account, turn.as_deref())
     });
@@ -63,12 +65,13 @@ pub(super) async fn create(
         let mut response = (status, Json(json!({ "error": error }))).into_response();
         response
             .headers_mut()
-            .extend(limits(fault.as_ref(), shared.config.used_percent));
+            .extend(limits(fault.as_ref(), shared.used_percent(&account)));
         response.headers_mut().extend(extra);
         return response;
     }
     match &fault {
         Some(Kind::Silence(Stage::BeforeHeaders)) => {
+            let _gone = MarkCut(&shared, n);
             shared.stopped().await;
         }
         // Dropping the connection without an answer needs a broken body: hyper then resets it.
@@ -90,7 +93,7 @@ pub(super) async fn create(
     );
     let mut response = stream(Arc::clone(&shared), n, answer, fault.clone());
     let out = response.headers_mut();
-    out.extend(limits(fault.as_ref(), shared.config.used_percent));
+    out.extend(limits(fault.as_ref(), shared.used_percent(&account)));
     let state = shared.change(|state| {
         let value = state.id("ts");
         state.turn_states.insert(value.clone(), account);
@@ -107,6 +110,15 @@ pub(super) async fn create(
         out.insert("openai-model", model);
     }
     response
+}
+
+/// Marks an attempt as cut when the server drops its handler, since the peer has left.
+struct MarkCut<'a>(&'a Shared, usize);
+
+impl Drop for MarkCut<'_> {
+    fn drop(&mut self) {
+        self.0.attempt(self.1, |attempt| attempt.cut = true);
+    }
 }
 
 /// The head goes out and the connection breaks before a byte of the body.
@@ -177,10 +189,7 @@ async fn write(
                 }
                 // Counted before it is written: whoever has read it may ask.
                 if completed {
-                    shared.attempt(n, |attempt| {
-                        attempt.usage = Some(answer.usage);
-                        attempt.completed = true;
-                    });
+                    shared.bill(n, answer.usage);
                 } else if event["type"] == "response.failed" {
                     shared.attempt(n, |attempt| attempt.completed = true);
                 }
@@ -293,9 +302,10 @@ pub(super) fn record(
     let metadata: Value = serde_json::from_str(&metadata).unwrap_or_default();
     let turn = metadata["turn_id"]
         .as_str()
-        .or(body["client_metadata"]["turn_id"].as_str());
+        .or_else(|| body["client_metadata"]["turn_id"].as_str());
     let headers: BTreeMap<String, String> = headers
         .iter()
+        .filter(|_| shared.config.bodies)
         .map(|(name, value)| (name.to_string(), text(value)))
         .collect();
     shared.change(|state| {
@@ -313,7 +323,11 @@ pub(super) fn record(
             model: body["model"].as_str().unwrap_or_default().to_owned(),
             status,
             headers,
-            body: body.clone(),
+            body: if shared.config.bodies {
+                body.clone()
+            } else {
+                Value::Null
+            },
             history: Vec::new(),
             response_id: None,
             usage: None,
@@ -375,11 +389,12 @@ pub(super) async fn usage(
     extract::State(shared): extract::State<Arc<Shared>>,
     headers: HeaderMap,
 ) -> Response {
-    if let Err(refusal) = authorize(&shared, &headers) {
-        return refusal;
-    }
+    let account = match authorize(&shared, &headers) {
+        Ok(account) => account,
+        Err(refusal) => return refusal,
+    };
     let window = |used: f64, seconds: u64, after: u64| json!({ "used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": after, "reset_at": epoch() + after });
     let body = json!({ "plan_type": "plus", "rate_limit": { "allowed": true, "limit_reached": false,
-        "primary_window": window(shared.config.used_percent, 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });
+        "primary_window": window(shared.used_percent(&account), 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });
     Json(body).into_response()
 }

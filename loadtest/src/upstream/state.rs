@@ -130,6 +130,25 @@ impl Shared {
         self.change(|state| change(&mut state.attempts[n]));
     }
 
+    /// A response is complete: its account pays.
+    pub(super) fn bill(&self, n: usize, usage: Usage) {
+        self.change(|state| {
+            let attempt = &mut state.attempts[n];
+            attempt.usage = Some(usage);
+            attempt.completed = true;
+            if let Some(login) = state.logins.get_mut(&attempt.account) {
+                login.turns += 1;
+                login.tokens += usage.input + usage.output;
+            }
+        });
+    }
+
+    /// What an account has used of its short window.
+    pub(super) fn used_percent(&self, account: &str) -> f64 {
+        let turns = self.read(|state| state.logins.get(account).map_or(0, |login| login.turns));
+        (self.config.used_percent + self.config.percent_per_turn * f64::from(turns)).min(99.0)
+    }
+
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }

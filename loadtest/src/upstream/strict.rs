@@ -54,10 +54,12 @@ pub(super) fn refusal(body: &Value, transport: Transport) -> Option<Value> {
                 "Unsupported parameter: previous_response_id".into(),
             );
         }
-        Transport::WebSocket
-            if body.get("stream").is_some() || body.get("background").is_some() =>
-        {
+        // The CLI itself says `"stream": true` in its frames.
+        Transport::WebSocket if body.get("stream").is_some_and(|stream| *stream != true) => {
             return refuse("stream", "Unsupported parameter: stream".into());
+        }
+        Transport::WebSocket if body.get("background").is_some() => {
+            return refuse("background", "Unsupported parameter: background".into());
         }
         _ => {}
     }

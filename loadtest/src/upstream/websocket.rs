@@ -184,7 +184,9 @@ impl Line {
         }
         self.history
             .extend(frame["input"].as_array().cloned().unwrap_or_default());
-        shared.attempt(n, |attempt| attempt.history.clone_from(&self.history));
+        if shared.config.bodies {
+            shared.attempt(n, |attempt| attempt.history.clone_from(&self.history));
+        }
         let model = frame["model"].as_str().unwrap_or_default().to_owned();
         let id = shared.change(|state| state.id("resp"));
         if frame["generate"] == false {
@@ -193,7 +195,7 @@ impl Line {
         if let Some((status, headers, error)) = refused(fault.as_ref()) {
             refuse(status.as_u16());
             self.forget();
-            let mut all = limits(fault.as_ref(), shared.config.used_percent);
+            let mut all = limits(fault.as_ref(), shared.used_percent(&self.account));
             all.extend(headers);
             return self.error(status.as_u16(), error, Some(&all)).await;
         }
@@ -261,10 +263,7 @@ impl Line {
                         event["sent_us"] = crate::clock::micros().into();
                     }
                     if kind == "response.completed" {
-                        shared.attempt(n, |attempt| {
-                            attempt.usage = Some(answer.usage);
-                            attempt.completed = true;
-                        });
+                        shared.bill(n, answer.usage);
                         self.head = Some(answer.id.clone());
                         self.history.extend(answer.output.clone());
                     } else if kind == "response.failed" {
@@ -285,7 +284,7 @@ impl Line {
         let turn_state = self.shared.change(|state| state.id("ts"));
         self.send(&json!({ "type": "response.metadata", "headers": { "x-codex-turn-state": turn_state, "x-models-etag": "\"fake-1\"" } })).await?;
         let window = |used: f64, minutes: u64| json!({ "used_percent": used, "window_minutes": minutes, "reset_at": super::account::epoch() + 9_000 });
-        let used = self.shared.config.used_percent;
+        let used = self.shared.used_percent(&self.account);
         self.send(&json!({ "type": "codex.rate_limits", "rate_limits": { "primary": window(used, 300), "secondary": window(20.0, 10_080) } })).await
     }
 

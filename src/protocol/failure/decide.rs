@@ -109,9 +109,10 @@ pub fn decide(failure: &Failure, phase: Phase, tries: Tries) -> (Next, Effect) {
     };
 
     let (next, effect) = match (failure.class, phase) {
-        // The account's limits and standing: another account answers differently.
+        // The account's limits and standing: another account answers differently. A limit is met before any work, so it counts
+        // against no number of tries: every account of the pool may be asked.
         (Class::RateLimit | Class::Quota, _) => (
-            other,
+            Next::NextAccount,
             Effect::Block {
                 until: failure.blocked_until(),
             },
@@ -238,11 +239,11 @@ mod tests {
             (BeforeSend, FIRST, Next::NextAccount, Effect::Block { until: None }),
             (Sent, SECOND, Next::NextAccount, Effect::Block { until: None }),
             (Created, FIRST, Next::NextAccount, Effect::Block { until: None }),
-            (Sent, LAST, Next::Surface, Effect::Block { until: None }),
+            (Sent, LAST, Next::NextAccount, Effect::Block { until: None }),
         ];
         an_exhausted_quota_blocks_and_moves_on: Class::Quota => [
             (Sent, FIRST, Next::NextAccount, Effect::Block { until: None }),
-            (Sent, LAST, Next::Surface, Effect::Block { until: None }),
+            (Sent, LAST, Next::NextAccount, Effect::Block { until: None }),
         ];
         a_refused_token_is_refreshed_once_then_another_account_tries: Class::Auth => [
             (Sent, FIRST, REFRESHED, Effect::RefreshCredential),

@@ -97,6 +97,8 @@ fn tool_call(call: &Value) -> Result<Value, Invalid> {
     if !name.is_string() {
         return Err(wrong("Every tool call must name its function."));
     }
-    let arguments = arguments.as_str().unwrap_or("{}");
+    if !arguments.is_string() {
+        return Err(wrong("The `arguments` of a tool call must be a string."));
+    }
     Ok(json!({"type": "function_call", "call_id": id, "name": name, "arguments": arguments}))
 }

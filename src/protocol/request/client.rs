@@ -3,8 +3,6 @@
 use http::HeaderMap;
 use serde_json::Value;
 
-use super::super::lenient::text;
-
 const TURN_METADATA: &str = "x-codex-turn-metadata";
 const WINDOW_ID: &str = "x-codex-window-id";
 
@@ -28,10 +26,10 @@ impl Client {
     pub(super) fn of_metadata(raw: &str) -> Self {
         let said: Value = serde_json::from_str(raw).unwrap_or_default();
         let mut client = Self {
-            thread_id: text(&said["thread_id"]),
-            session_id: text(&said["session_id"]),
-            turn_id: text(&said["turn_id"]),
-            window_id: text(&said[WINDOW_ID]),
+            thread_id: identifier(said["thread_id"].as_str()),
+            session_id: identifier(said["session_id"].as_str()),
+            turn_id: identifier(said["turn_id"].as_str()),
+            window_id: identifier(said[WINDOW_ID].as_str()),
             request_kind: None,
         };
         client.with_turn_metadata(said[TURN_METADATA].as_str());
@@ -65,10 +63,19 @@ impl Client {
 }
 
 fn fill(field: &mut Option<String>, said: Option<&str>) {
-    let said = said.map(str::trim).filter(|said| !said.is_empty());
     if field.is_none() {
-        *field = said.map(str::to_owned);
+        *field = identifier(said);
     }
+}
+
+/// The longest identifier that is believed, in bytes: it becomes a key, and an index has its limits.
+const IDENTIFIER: usize = 256;
+
+/// What may be kept as it is: no database takes a zero byte, and no reader a megabyte.
+fn identifier(said: Option<&str>) -> Option<String> {
+    let said = said?.trim();
+    let good = !said.is_empty() && said.len() <= IDENTIFIER && !said.contains(char::is_control);
+    good.then(|| said.to_owned())
 }
 
 #[cfg(test)]
@@ -102,6 +109,19 @@ mod tests {
             request_kind: some("turn"),
         };
         assert_eq!(client, expected);
+    }
+
+    #[test]
+    fn an_identifier_that_cannot_be_kept_says_nothing() {
+        for id in [
+            "a\0b".to_owned(),
+            "a\nb".to_owned(),
+            "i".repeat(IDENTIFIER + 1),
+        ] {
+            let raw = serde_json::json!({"turn_id": id, "thread_id": "t"}).to_string();
+            let client = Client::of_metadata(&raw);
+            assert_eq!((client.turn_id, client.thread_id), (None, some("t")));
+        }
     }
 
     #[test]

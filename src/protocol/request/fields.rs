@@ -10,8 +10,9 @@ use super::splice::{Container, quoted, string};
 use super::{Facts, Invalid, Shape, chat};
 
 /// Upstream refuses these from ChatGPT accounts, with any value.
-const REFUSED: [&str; 10] = [
+const REFUSED: [&str; 12] = [
     "background",
+    "enable_thinking",
     "max_output_tokens",
     "metadata",
     "prompt_cache_options",
@@ -19,6 +20,7 @@ const REFUSED: [&str; 10] = [
     "promptCacheRetention",
     "safety_identifier",
     "temperature",
+    "thinking",
     "top_p",
     "user",
 ];
@@ -71,6 +73,11 @@ const INCLUDES: [&str; 7] = [
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "web_search_call.action.sources",
+];
+
+/// The efforts that clients name.
+const EFFORTS: [&str; 8] = [
+    "none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
 ];
 
 /// The longest name of a model, in bytes.
@@ -241,6 +248,7 @@ fn fold(body: &mut Container<'_>, field: &str) -> Result<(), Invalid> {
     for (_, member, aliases) in ALIASES.iter().filter(|(of, ..)| *of == field) {
         let said = object.present(member);
         let aliased = aliases.iter().find_map(|alias| body.present(alias));
+        let aliased = aliased.or_else(|| thinking(body).filter(|_| *member == "effort"));
         if let Some(value) = said.or(aliased).map(|raw| respelled(member, raw))
             && said != Some(value)
         {
@@ -254,6 +262,16 @@ fn fold(body: &mut Container<'_>, field: &str) -> Result<(), Invalid> {
         body.set(field, edited);
     }
     Ok(())
+}
+
+/// The effort that `thinking` names. That it is on or off says nothing that upstream knows.
+fn thinking<'a>(body: &Container<'a>) -> Option<&'a str> {
+    let raw = body.present("thinking")?;
+    let named = Container::object(raw)
+        .ok()
+        .and_then(|object| object.present("effort"));
+    let effort = named.unwrap_or(raw);
+    EFFORTS.contains(&&*string(effort)?).then_some(effort)
 }
 
 /// Upstream never answers `minimal`, and does not know `ultra`.
@@ -285,11 +303,9 @@ fn tools(body: &mut Container<'_>) {
 }
 
 fn renamed_each(raw: &str) -> Option<String> {
-    let mut tools = Container::array(raw).ok()?;
-    let raws: Vec<_> = tools.values().collect();
-    for (index, raw) in raws.into_iter().enumerate() {
-        if let Ok(mut tool) = Container::object(raw)
-            && rename(&mut tool)
+    let (mut tools, each) = Container::objects(raw).ok()?;
+    for (index, mut tool) in each.into_iter().enumerate() {
+        if rename(&mut tool)
             && let Some(edited) = tool.finish()
         {
             tools.set_at(index, edited);
@@ -323,7 +339,11 @@ fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
     let messages = body.present("messages");
     body.remove("messages");
     let list = items(body, messages)?;
-    let foreign = shape == Shape::OpenAi || body.get("truncation").is_some();
+    // Only Codex sends its metadata, on whichever route; its developer messages stand where it means them.
+    let native = body
+        .get("client_metadata")
+        .is_some_and(|raw| raw.starts_with('{'));
+    let foreign = (shape == Shape::OpenAi && !native) || body.get("truncation").is_some();
     let hoist = if messages.is_some() || (foreign && instructions.is_none()) {
         Hoist::Guidance
     } else {

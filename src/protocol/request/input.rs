@@ -39,9 +39,9 @@ const TRIGGER: &str = "compaction_trigger";
 
 /// Edits a list of items, a raw array; `compact` sees to it that it ends in a compaction trigger.
 pub(super) fn normalise(list: &str, hoist: Hoist, compact: bool) -> Result<Read, Invalid> {
-    let mut list = Container::array(list).map_err(|_| wrong("`input` must be an array."))?;
-    let items: Result<Vec<_>, _> = list.values().map(Item::read).collect();
-    let items = items?;
+    let (mut list, items) = Container::objects(list)
+        .map_err(|_| wrong("`input` must be an array, and every item of it an object."))?;
+    let items: Vec<_> = items.into_iter().map(Item::new).collect();
     let hoist = Some(hoist).filter(|_| !items.iter().any(|item| item.kind == "additional_tools"));
     let trigger = items.iter().position(|item| item.kind == TRIGGER);
     if trigger.is_some_and(|at| at + 1 < items.len()) {
@@ -87,14 +87,12 @@ struct Item<'a> {
 }
 
 impl<'a> Item<'a> {
-    fn read(raw: &'a str) -> Result<Self, Invalid> {
-        let fields = Container::object(raw)
-            .map_err(|_| wrong("Every item of `input` must be an object."))?;
-        Ok(Self {
+    fn new(fields: Container<'a>) -> Self {
+        Self {
             kind: fields.string("type").unwrap_or(Cow::Borrowed("message")),
             role: fields.string("role").unwrap_or_default(),
             fields,
-        })
+        }
     }
 
     fn edit(mut self, hoist: Option<Hoist>, read: &mut Read) -> Result<Edit, Invalid> {
@@ -163,7 +161,8 @@ impl<'a> Item<'a> {
                 Edit::Keep => raw.to_owned(),
                 Edit::Drop => r#""""#.to_owned(),
             },
-            raw => raw.to_owned(),
+            raw if raw.starts_with('"') => raw.to_owned(),
+            raw => quoted(raw),
         };
         let id = quoted(&id);
         Ok(format!(
@@ -190,13 +189,11 @@ fn text(raw: &str) -> Result<String, Invalid> {
 
 /// Edits a list of parts; `Drop` where nothing is left of it.
 fn parts(raw: &str, role: Role, read: &mut Read) -> Result<Edit, Invalid> {
-    let mut list = Container::array(raw).map_err(|_| wrong("Content must be an array."))?;
-    let raws: Vec<_> = list.values().collect();
-    let mut left = raws.len();
-    for (index, raw) in raws.into_iter().enumerate() {
-        let Ok(mut part) = Container::object(raw) else {
-            continue;
-        };
+    let Ok((mut list, parts)) = Container::objects(raw) else {
+        return Ok(Edit::Keep); // no list of parts; upstream will say what it thinks of it
+    };
+    let mut left = parts.len();
+    for (index, mut part) in parts.into_iter().enumerate() {
         let kind = part.string("type").unwrap_or_default();
         let is_text = matches!(&*kind, "text" | "input_text" | "output_text");
         if role == Role::Hoisted && is_text {

@@ -67,6 +67,33 @@ impl<'a> Container<'a> {
         Ok(Self::new(text, members))
     }
 
+    /// Reads an array of objects, and the objects, in one pass over the text.
+    ///
+    /// # Errors
+    /// Where the text is not JSON, or not an array, or holds anything but objects.
+    pub(super) fn objects(text: &'a str) -> serde_json::Result<(Self, Vec<Self>)> {
+        let read: Vec<Members<'a, true>> = serde_json::from_str(text)?;
+        let mut list = Vec::with_capacity(read.len());
+        let mut objects = Vec::with_capacity(read.len());
+        let mut at = 0;
+        for Members(members) in read {
+            let open = at + text[at..].find('{').expect("an object opens");
+            // Nothing but white space stands between the last value and the end.
+            let last = members.last().map_or(open, |member| {
+                offset(text, member.value) + member.value.len()
+            });
+            at = last + text[last..].find('}').expect("an object closes") + 1;
+            let value = &text[open..at];
+            list.push(Member {
+                key: Cow::Borrowed(""),
+                value,
+                edit: Edit::Keep,
+            });
+            objects.push(Self::new(value, members));
+        }
+        Ok((Self::new(text, list), objects))
+    }
+
     fn new(text: &'a str, members: Vec<Member<'a>>) -> Self {
         Self {
             text,
@@ -154,7 +181,7 @@ impl<'a> Container<'a> {
         out.push_str(&self.text[..from]);
         let mut first = true;
         for member in &self.members {
-            let start = member.value.as_ptr() as usize - self.text.as_ptr() as usize;
+            let start = offset(self.text, member.value);
             let lead = &self.text[from..start]; // the comma and the key
             from = start + member.value.len();
             let value = match &member.edit {
@@ -181,6 +208,11 @@ impl<'a> Container<'a> {
         out.push_str(&self.text[from..]);
         Some(out)
     }
+}
+
+/// Where `part`, a slice of `text`, begins.
+fn offset(text: &str, part: &str) -> usize {
+    part.as_ptr() as usize - text.as_ptr() as usize
 }
 
 struct Members<'a, const OBJECT: bool>(Vec<Member<'a>>);
@@ -232,6 +264,30 @@ impl<'de> Visitor<'de> for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn objects_are_the_elements_of_their_list() {
+        let cases = [
+            " [ ] ",
+            "[{}]",
+            r#" [ { } , {"a" : [{"b":"}{"}] } ,{"\u0061":{} }, {"{":"}", "c":1}] "#,
+        ];
+        for text in cases {
+            let (list, objects) = Container::objects(text).unwrap();
+            let expected = Container::array(text).unwrap();
+            assert!(list.values().eq(expected.values()), "{text}");
+            for (mut object, value) in objects.into_iter().zip(list.values()) {
+                let mut expected = Container::object(value).unwrap();
+                assert!(object.keys().eq(expected.keys()), "{text}");
+                object.set("a", "2");
+                expected.set("a", "2");
+                assert_eq!(object.finish(), expected.finish(), "{text}");
+            }
+        }
+        for text in ["{}", "7", "[7]", r#"[{},"{}"]"#, "[{}", "[{}]]"] {
+            assert!(Container::objects(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn an_edit_leaves_the_other_members_as_they_are() {

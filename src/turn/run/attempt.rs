@@ -10,30 +10,32 @@ use std::{
 
 use http::HeaderMap;
 
-use super::{Attempted, Over, Seen, Turn};
+use tokio::time::{sleep_until, timeout};
+
+use super::{Attempted, Over, Seen, Told, Turn, gone};
 use crate::{
-    db,
     ids::AccountId,
     ledger::{Opening, Try},
     protocol::{
-        event::{self, Kind, Terminal},
+        event::{self, ErrorBody, Kind, Terminal},
         failure::{Class, Deadline, Failure, Phase},
         headers, limits,
     },
     quota,
     turn::{
         Event, Held, Item,
-        carrier::{Carrier, Source, Unsent},
+        carrier::{Carrier, Source},
         relay::Lost,
     },
     upstream::{
-        credential::{CredentialError, Freshness},
+        Unsent,
+        credential::{Credential, CredentialError, Freshness},
         deadline,
     },
 };
 
-/// How long a turn may go on after its client has left, in case it is about to complete.
-const AFTERLIFE: Duration = Duration::from_secs(2);
+/// How long a reservation may take.
+const RESERVE_TIME: Duration = Duration::from_secs(5);
 
 impl Turn<'_> {
     /// One attempt at one account. Yields the credential's generation, if it came so far.
@@ -45,35 +47,59 @@ impl Turn<'_> {
         began: Instant,
     ) -> (Option<i64>, Attempted) {
         self.seen = Seen::default();
-        let engine = self.engine;
-        let credential = engine.upstream.credentials().fresh(account, freshness);
-        let (credential, reserved) =
-            tokio::join!(credential, self.reserve(account, carrier.transport()));
-        if let Err(over) = reserved {
-            return (None, Attempted::Over(over));
-        }
-        let credential = match credential {
-            Ok(credential) => credential,
-            Err(error) => return (None, Attempted::Failed(self.no_credential(&error), None)),
-        };
-        let generation = Some(credential.generation);
-        let _slot = self.slot(account);
-        let sending = carrier.send(&engine.upstream, account, &credential, &self.ask);
-        let sent = tokio::select! {
-            sent = sending => sent,
-            () = self.out.closed() => return (generation, Attempted::Over(Over::Left)),
-            () = engine.cancel.cancelled() => return (generation, Attempted::Over(Over::Stopped)),
-        };
-        let source = match sent {
-            Ok(source) => source,
-            Err(Unsent::Nothing(failure)) => return (generation, Attempted::Failed(failure, None)),
-            Err(Unsent::Perhaps(failure)) => {
-                self.seen.phase = (failure.class != Class::Network).then_some(Phase::Sent);
-                return (generation, Attempted::Failed(failure, None));
+        let (engine, out) = (self.engine, self.out);
+        let credential = async {
+            let fresh = engine.upstream.credentials().fresh(account, freshness);
+            tokio::select! {
+                biased;
+                fresh = fresh => Ok(fresh),
+                () = gone(out) => Err(Over::Left),
+                () = engine.cancel.cancelled() => Err(Over::Stopped),
             }
         };
-        self.seen.phase = Some(Phase::Sent);
-        (generation, self.relay(source, account, began).await)
+        // The reservation is never abandoned half-way: it lands, or it is taken back.
+        let (credential, reserved) =
+            tokio::join!(credential, self.reserve(account, carrier.transport()));
+        let credential = match (reserved, credential) {
+            (Err(over), _) | (Ok(()), Err(over)) => return (None, Attempted::Over(over)),
+            (Ok(()), Ok(Err(error))) => {
+                return (None, Attempted::Failed(self.no_credential(&error), None));
+            }
+            (Ok(()), Ok(Ok(credential))) => credential,
+        };
+        let generation = Some(credential.generation);
+        let attempted = self.exchange(account, &credential, carrier, began).await;
+        (generation, attempted)
+    }
+
+    /// Sends the turn and relays the answer.
+    async fn exchange(
+        &mut self,
+        account: AccountId,
+        credential: &Credential,
+        carrier: &mut Carrier,
+        began: Instant,
+    ) -> Attempted {
+        let upstream = &self.engine.upstream;
+        let _slot = self.slot(account);
+        let opening = carrier.open(upstream, account, credential, &self.ask, self.detour);
+        match self.unless_over(opening).await {
+            Err(over) => return Attempted::Over(over),
+            Ok(Err(failure)) => return Attempted::Failed(failure, None),
+            Ok(Ok(())) => {}
+        }
+        // From here on upstream may have it, unless it is certain that it has not.
+        self.seen.phase = Phase::Sent;
+        let sending = carrier.send(upstream, account, credential, &self.ask);
+        match self.unless_over(sending).await {
+            Err(over) => Attempted::Over(over),
+            Ok(Ok(source)) => self.relay(source, account, began).await,
+            Ok(Err(Unsent::Nothing(failure))) => {
+                self.seen.phase = Phase::BeforeSend;
+                Attempted::Failed(failure, None)
+            }
+            Ok(Err(Unsent::Perhaps(failure))) => Attempted::Failed(failure, None),
+        }
     }
 
     /// Records the attempt in the ledger, before anything of it is sent.
@@ -84,41 +110,33 @@ impl Turn<'_> {
             request_bytes: self.ask.request.body.len() as u64,
         };
         if let Some(opened) = &mut self.opened {
-            return match self.engine.ledger.attempt(opened, next).await {
-                Ok(true) => Ok(()),
-                Ok(false) => Err(Over::Unbooked),
-                Err(error) => Err(unbooked(&error)),
+            let attempt = self.engine.ledger.attempt(opened, next);
+            return match timeout(RESERVE_TIME, attempt).await {
+                Ok(Ok(true)) => Ok(()),
+                Ok(Ok(false)) => Err(unbooked("it is no longer ours")),
+                Ok(Err(error)) => Err(unbooked(&error)),
+                Err(_) => Err(unbooked("the database does not answer")),
             };
         }
         let request = self.ask.record();
         let facts = &self.ask.request.facts;
-        let client_turn = facts
-            .client
-            .turn_id
-            .clone()
-            .filter(|id| !id.is_empty() && facts.generate);
-        match self
-            .engine
-            .ledger
-            .open(Opening {
-                request: request.clone(),
-                client_turn,
-                first: next,
-            })
-            .await
-        {
-            Ok(opened) => {
+        let client_turn = facts.client.turn_id.clone();
+        let opening = Opening {
+            request: request.clone(),
+            client_turn: client_turn.filter(|id| !id.is_empty() && facts.generate),
+            first: next,
+        };
+        let over = match timeout(RESERVE_TIME, self.engine.ledger.open(opening)).await {
+            Ok(Ok(opened)) => {
                 self.opened = Some(opened);
-                Ok(())
+                return Ok(());
             }
-            Err(error) => {
-                self.engine
-                    .ledger
-                    .clone()
-                    .withdraw(&request, &self.engine.tasks);
-                Err(unbooked(&error))
-            }
-        }
+            Ok(Err(error)) => unbooked(&error),
+            Err(_) => unbooked("the database does not answer"),
+        };
+        let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
+        ledger.withdraw(&request, tasks);
+        Err(over)
     }
 
     /// Relays events until the attempt ends.
@@ -128,39 +146,41 @@ impl Turn<'_> {
         account: AccountId,
         began: Instant,
     ) -> Attempted {
-        let mut quiet = Quiet::new(deadline::FIRST_EVENT, Deadline::FirstEvent);
-        let mut leaving: Option<Instant> = None;
+        let mut quiet = Quiet::new(self.ask.arrived + deadline::TOTAL);
+        let gone = gone(self.out);
+        tokio::pin!(gone);
         loop {
             let next = match source.ready() {
                 Ok(Some(event)) => Ok(Some(event)),
                 Err(failure) => Err(failure),
-                Ok(None) => {
-                    let until = leaving.map_or_else(|| quiet.at(), |left| left + AFTERLIFE);
-                    tokio::select! {
-                        biased;
-                        next = source.next() => next,
-                        () = quiet.wait(until) => match leaving {
-                            Some(_) => return Attempted::Over(Over::Left),
-                            None => Err(Failure::timeout(quiet.name, self.now())),
-                        },
-                        () = self.out.closed(), if leaving.is_none() => {
-                            leaving = Some(Instant::now());
-                            continue;
-                        }
-                        () = self.engine.cancel.cancelled() => return Attempted::Over(Over::Stopped),
-                    }
-                }
+                Ok(None) => tokio::select! {
+                    biased;
+                    next = source.next() => next,
+                    deadline = quiet.passed() => Err(Failure::timeout(deadline, self.now())),
+                    () = &mut gone => return Attempted::Over(Over::Left),
+                    () = self.engine.cancel.cancelled() => return Attempted::Over(Over::Stopped),
+                },
             };
             let event = match next {
                 Ok(Some(event)) => event,
                 Ok(None) => return Attempted::Failed(Failure::truncated(self.now()), None),
                 Err(failure) => return Attempted::Failed(failure, None),
             };
+            if event.kind() == Kind::Comment {
+                continue;
+            }
             quiet.heard();
-            match self.take(event, account, began, source.headers()).await {
+            let engine = self.engine;
+            let taken = tokio::select! {
+                biased;
+                taken = self.take(event, account, began, source.headers()) => taken,
+                () = engine.cancel.cancelled() => return Attempted::Over(Over::Stopped),
+            };
+            match taken {
                 Ok(None) => {}
                 Ok(Some(ended)) => return ended,
-                Err(Lost::Gone) => leaving = leaving.or_else(|| Some(Instant::now())),
+                // Upstream is still listened to: the turn may be about to complete.
+                Err(Lost::Gone) => {}
                 Err(Lost::Slow) => return Attempted::Over(Over::Slow),
             }
         }
@@ -177,31 +197,32 @@ impl Turn<'_> {
         match event.kind() {
             Kind::Completed | Kind::Incomplete => {
                 let terminal = Terminal::parse(event.kind(), &event.data());
-                self.seen.bytes += event.len() as u64;
-                self.show(headers).await?;
-                return Ok(Some(Attempted::Done(terminal, event)));
+                // A client that is gone does not make the response any less complete.
+                let _ = self.show(headers).await;
+                return Ok(Some(Attempted::Done(Told { terminal, event })));
             }
             Kind::Failed | Kind::Error => {
                 let terminal = Terminal::parse(event.kind(), &event.data());
-                let error = terminal.error.unwrap_or_default();
+                let unknown = ErrorBody::default();
+                let error = terminal.error.as_ref().unwrap_or(&unknown);
                 for observation in limits::from_headers(&error.headers, self.now()) {
-                    self.engine
-                        .quota
-                        .observe(account, &observation, began, quota::Source::Error);
+                    let quota = &self.engine.quota;
+                    quota.observe(account, &observation, began, quota::Source::Error);
                 }
+                let failure = Failure::from_event(error, self.now());
                 return Ok(Some(Attempted::Failed(
-                    Failure::from_event(&error, self.now()),
-                    Some(event),
+                    failure,
+                    Some(Told { terminal, event }),
                 )));
             }
             Kind::Created => {
                 self.seen.response_id =
                     event::Created::parse(&event.data()).and_then(|created| created.response_id);
-                self.seen.phase = Some(self.seen.phase().after(Kind::Created));
+                self.seen.phase = self.seen.phase.after(Kind::Created);
                 self.hold_or_send(event).await
             }
             Kind::InProgress => {
-                self.seen.phase = Some(self.seen.phase().after(Kind::InProgress));
+                self.seen.phase = self.seen.phase.after(Kind::InProgress);
                 self.hold_or_send(event).await
             }
             Kind::RateLimits => {
@@ -219,15 +240,15 @@ impl Turn<'_> {
                 }
             }
             Kind::Done => Ok(()),
-            // Upstream's own keep-alives; ours are made where the stream is encoded.
-            Kind::Codex if !self.head_sent => Ok(()),
-            Kind::Unknown if event.data().is_empty() => Ok(()),
+            // Our own keep-alives are made where the stream is encoded.
+            Kind::Codex if is_keepalive(&event) => Ok(()),
+            Kind::Codex => self.hold_or_send(event).await,
             _ => {
                 if self.first_event.is_none() {
                     self.first_event = Some(self.ask.arrived.elapsed());
                 }
-                self.seen.phase = Some(self.seen.phase().after(event.kind()));
-                self.seen.bytes += event.len() as u64;
+                self.seen.phase = self.seen.phase.after(event.kind());
+                self.seen.pieces += 1;
                 self.show(headers).await?;
                 self.out.send(Item::Event(event)).await
             }
@@ -275,11 +296,12 @@ impl Turn<'_> {
     /// A credential that cannot be had is upstream's refusal in other words.
     fn no_credential(&self, error: &CredentialError) -> Failure {
         let class = if error.is_final() {
-            Class::ReauthRequired
+            Class::Deactivated
         } else {
-            Class::Timeout(Deadline::Connect)
+            Class::Transient
         };
-        Failure::local(class, "No fresh credential for an account", self.now())
+        tracing::warn!(turn_id = %self.ask.id, %error, "no fresh credential");
+        Failure::local(class, "Upstream cannot be asked at the moment", self.now())
     }
 
     fn slot(&self, account: AccountId) -> Option<Slot> {
@@ -308,19 +330,21 @@ impl Drop for Slot {
     }
 }
 
-/// The deadline of silence. Events only note the time; the timer is set anew when it fires early.
+/// The deadlines of silence and of the whole. Events only note the time; the timer is set when nothing is there.
 struct Quiet {
     limit: Duration,
     name: Deadline,
     since: Instant,
+    end: Instant,
 }
 
 impl Quiet {
-    fn new(limit: Duration, name: Deadline) -> Self {
+    fn new(end: Instant) -> Self {
         Self {
-            limit,
-            name,
+            limit: deadline::FIRST_EVENT,
+            name: Deadline::FirstEvent,
             since: Instant::now(),
+            end,
         }
     }
 
@@ -329,16 +353,23 @@ impl Quiet {
         (self.limit, self.name) = (deadline::IDLE, Deadline::Idle);
     }
 
-    fn at(&self) -> Instant {
-        self.since + self.limit
-    }
-
-    async fn wait(&self, until: Instant) {
-        tokio::time::sleep_until(until.into()).await;
+    /// Waits for whichever passes first.
+    async fn passed(&self) -> Deadline {
+        let silence = self.since + self.limit;
+        sleep_until(silence.min(self.end).into()).await;
+        if self.end <= silence {
+            Deadline::Total
+        } else {
+            self.name
+        }
     }
 }
 
-fn unbooked(error: &db::Error) -> Over {
-    tracing::warn!(%error, "a turn cannot be booked, so it is not sent");
+fn is_keepalive(event: &Event) -> bool {
+    event::event_type(&event.data()).as_deref() == Some("codex.keepalive")
+}
+
+fn unbooked(why: impl std::fmt::Display) -> Over {
+    tracing::warn!(%why, "a turn cannot be booked, so it is not sent");
     Over::Unbooked
 }

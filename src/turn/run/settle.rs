@@ -10,7 +10,7 @@ use crate::{
     account::sticky,
     ledger::{self, Answer, Outcome, Settlement},
     protocol::event::Kind,
-    routing, telemetry,
+    telemetry,
     turn::{Ask, End, Item, Stop, carrier::Carrier},
 };
 
@@ -21,26 +21,18 @@ impl Turn<'_> {
     /// Settles the turn, then lets the client know of its end.
     pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) {
         let (outcome, status, reason, code) = match &finish {
-            Finish::Done(terminal, _) if terminal.kind == Kind::Completed => {
+            Finish::Done(told) if told.terminal.kind == Kind::Completed => {
                 (Outcome::Completed, 200, None, None)
             }
-            Finish::Done(..) => (Outcome::Incomplete, 200, None, None),
-            Finish::FailedVisibly(failure, _) => (
-                Outcome::Failed,
-                200,
-                Some(failure.class.name()),
-                failure.code.clone(),
-            ),
+            Finish::Done(_) => (Outcome::Incomplete, 200, None, None),
             Finish::Left => (Outcome::Cancelled, 499, Some("client_gone"), None),
             Finish::Stop(stop) => stop.record(),
         };
         let response_id = match &finish {
-            Finish::Done(terminal, _) => terminal
-                .response_id
-                .clone()
-                .or_else(|| self.seen.response_id.clone()),
-            _ => self.seen.response_id.clone(),
+            Finish::Done(told) => told.terminal.response_id.clone(),
+            _ => None,
         };
+        let response_id = response_id.or_else(|| self.seen.response_id.clone());
         let completed = outcome == Outcome::Completed;
         let sticky = self
             .preference()
@@ -69,7 +61,11 @@ impl Turn<'_> {
                 .sticky
                 .put(self.ask.caller.scope(), &key, preference.account);
         }
-        self.log(&answer);
+        let why = match &finish {
+            Finish::Stop(Stop::Nobody { why }) => Some(why.as_str()),
+            _ => None,
+        };
+        self.log(&answer, why);
         match self.opened.take() {
             None => self.engine.ledger.refuse(&self.ask.record(), &answer),
             Some(opened) => {
@@ -94,20 +90,39 @@ impl Turn<'_> {
         }
         // The client may be gone; then nobody needs to know.
         let end = match finish {
-            Finish::Done(_, event) | Finish::FailedVisibly(_, event) => {
-                let _ = self.out.send(Item::Event(event)).await;
+            Finish::Done(told) => {
+                self.out.last(Item::Event(told.event));
                 End::Complete
             }
             Finish::Stop(stop) => End::Failed(Box::new(stop)),
             Finish::Left => return,
         };
-        let _ = self.out.send(Item::End(end)).await;
+        self.out.last(Item::End(end));
+    }
+
+    /// What is booked when the turn never came to its end.
+    pub(super) fn lost(&self) -> Settlement {
+        Settlement {
+            answer: Answer {
+                outcome: Outcome::Lost,
+                status: 502,
+                reason: Some("panicked"),
+                error_code: None,
+                first_event: self.first_event,
+                total: self.ask.arrived.elapsed(),
+                explanation: None,
+            },
+            response_id: self.seen.response_id.clone(),
+            sticky: None,
+        }
     }
 
     /// One line per turn.
-    fn log(&self, answer: &Answer) {
+    fn log(&self, answer: &Answer, why: Option<&str>) {
+        let request_id = self.ask.headers.get("x-request-id");
         tracing::info!(
             turn_id = %self.ask.id,
+            request_id = request_id.and_then(|id| id.to_str().ok()),
             api_key_id = self.ask.caller.api_key().map(tracing::field::display),
             account_id = self.choice.as_ref().map(|choice| tracing::field::display(choice.account)),
             model = self.ask.request.facts.model,
@@ -115,6 +130,7 @@ impl Turn<'_> {
             transport = self.ask.transport.as_str(),
             outcome = answer.outcome.as_str(),
             reason = answer.reason,
+            why,
             attempts = self.opened.as_ref().map_or(0, |opened| opened.attempts().count()),
             first_event_ms = answer.first_event.map(|time| time.as_millis()),
             total_ms = answer.total.as_millis(),
@@ -124,10 +140,7 @@ impl Turn<'_> {
 
     /// What the ledger writes as the conversation's preference, so that it lasts; a detour leaves it as it was.
     fn preference(&self) -> Option<ledger::Sticky> {
-        let choice = self
-            .choice
-            .as_ref()
-            .filter(|choice| choice.sticky != routing::Sticky::Detour)?;
+        let choice = self.choice.as_ref().filter(|_| !self.detour)?;
         let key = self.key?;
         Some(ledger::Sticky {
             kind: key.kind.as_str(),

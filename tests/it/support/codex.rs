@@ -36,6 +36,7 @@ pub(crate) struct Run {
     pub(crate) success: bool,
     /// The lines of `--json`.
     pub(crate) lines: Vec<Value>,
+    #[expect(dead_code, reason = "shown when a test fails")]
     pub(crate) stderr: String,
 }
 
@@ -169,11 +170,11 @@ const BYPASS: &str = "--dangerously-bypass-approvals-and-sandbox";
 impl Run {
     /// What the agent said, last.
     pub(crate) fn answer(&self) -> String {
-        let messages = self.lines.iter().filter(|line| {
+        let mut messages = self.lines.iter().rev().filter(|line| {
             line["type"] == "item.completed" && line["item"]["type"] == "agent_message"
         });
         messages
-            .last()
+            .next()
             .and_then(|line| line["item"]["text"].as_str())
             .unwrap_or_default()
             .to_owned()
@@ -189,7 +190,7 @@ impl Run {
             .map(|line| {
                 line["message"]
                     .as_str()
-                    .or(line["error"]["message"].as_str())
+                    .or_else(|| line["error"]["message"].as_str())
                     .unwrap_or_default()
                     .to_owned()
             })

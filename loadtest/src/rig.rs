@@ -1,0 +1,305 @@
+//! What the bench and the demo bring up: the fake upstream in its own process, and Drawbridge before it on an embedded database.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    process::{Daemon, free_port},
+    upstream::Fault,
+};
+
+/// How long a server may take to answer for the first time: an embedded cluster has to be made.
+const START: Duration = Duration::from_secs(90);
+
+/// An HTTP client for small requests.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn client() -> anyhow::Result<reqwest::Client> {
+    // Fails only if one is installed already, which is as good.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    Ok(reqwest::Client::builder()
+        .timeout(Duration::from_secs(20))
+        .build()?)
+}
+
+/// The fake upstream in a process of its own.
+pub struct Fake {
+    _daemon: Daemon,
+    client: reqwest::Client,
+    origin: String,
+}
+
+impl Fake {
+    /// Starts it as a child of this program, with further options of `loadtest upstream`.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub async fn start(dir: &Path, options: &[&str]) -> anyhow::Result<Self> {
+        let address = format!("127.0.0.1:{}", free_port()?);
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["upstream", "--lean", "--listen", &address])
+            .args(options);
+        let mut daemon = Daemon::start(command, dir.join("fake.log"))?;
+        let client = client()?;
+        let origin = format!("http://{address}");
+        answers(&client, &format!("{origin}/__fake/ready"), &mut daemon)
+            .await
+            .context("the fake upstream")?;
+        Ok(Self {
+            _daemon: daemon,
+            client,
+            origin,
+        })
+    }
+
+    /// Scheme and address; also what `DRAWBRIDGE_AUTH_URL` takes.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// The `auth.json` of an account, made on first use.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn account(&self, name: &str) -> anyhow::Result<Value> {
+        let answer = self
+            .client
+            .post(format!("{}/__fake/accounts", self.origin))
+            .json(&json!({ "name": name }))
+            .send()
+            .await?;
+        Ok(answer.error_for_status()?.json().await?)
+    }
+
+    /// What each account has paid for, by name.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn paid(&self) -> anyhow::Result<Value> {
+        let answer = self
+            .client
+            .get(format!("{}/__fake/accounts", self.origin))
+            .send()
+            .await?;
+        Ok(answer.error_for_status()?.json().await?)
+    }
+
+    /// Lets an account's access token expire.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn expire(&self, name: &str) -> anyhow::Result<()> {
+        self.client
+            .post(format!("{}/__fake/accounts/{name}/expire", self.origin))
+            .send()
+            .await?
+            .error_for_status()?;
+        Ok(())
+    }
+
+    /// Queues a fault.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn fault(&self, fault: &Fault) -> anyhow::Result<()> {
+        self.client
+            .post(format!("{}/__fake/faults", self.origin))
+            .json(fault)
+            .send()
+            .await?
+            .error_for_status()?;
+        Ok(())
+    }
+
+    /// Forgets the faults that are left.
+    ///
+    /// # Errors
+    /// If the fake does not answer.
+    pub async fn no_faults(&self) -> anyhow::Result<()> {
+        self.client
+            .delete(format!("{}/__fake/faults", self.origin))
+            .send()
+            .await?
+            .error_for_status()?;
+        Ok(())
+    }
+}
+
+/// Drawbridge, serving, with its own embedded database.
+pub struct Drawbridge {
+    daemon: Daemon,
+    binary: PathBuf,
+    settings: Vec<(&'static str, String)>,
+    listen: String,
+    admin: String,
+}
+
+impl Drawbridge {
+    /// Starts it with its data below `dir`, which must be enterable for every user.
+    ///
+    /// # Errors
+    /// If it does not get ready.
+    pub async fn start(binary: &Path, dir: &Path, fake: &Fake) -> anyhow::Result<Self> {
+        let binary = binary
+            .canonicalize()
+            .with_context(|| format!("{} is not there", binary.display()))?;
+        let listen = format!("127.0.0.1:{}", free_port()?);
+        let admin = format!("127.0.0.1:{}", free_port()?);
+        let settings = vec![
+            ("DRAWBRIDGE_LISTEN", listen.clone()),
+            ("DRAWBRIDGE_ADMIN_LISTEN", admin.clone()),
+            (
+                "DRAWBRIDGE_DATA_DIR",
+                dir.join("data").display().to_string(),
+            ),
+            (
+                "DRAWBRIDGE_UPSTREAM_URL",
+                format!("{}/backend-api", fake.origin()),
+            ),
+            ("DRAWBRIDGE_AUTH_URL", fake.origin().to_owned()),
+            ("DRAWBRIDGE_LOG", "warn".to_owned()),
+            ("DRAWBRIDGE_DRAIN_DELAY", "0s".to_owned()),
+            ("DRAWBRIDGE_DRAIN_GRACE", "3s".to_owned()),
+        ];
+        let mut command = Command::new(&binary);
+        command
+            .arg("serve")
+            .envs(settings.iter().map(|(name, value)| (name, value)));
+        let mut daemon = Daemon::start(command, dir.join("drawbridge.log"))?;
+        answers(&client()?, &format!("http://{admin}/readyz"), &mut daemon)
+            .await
+            .context("drawbridge serve")?;
+        Ok(Self {
+            daemon,
+            binary,
+            settings,
+            listen,
+            admin,
+        })
+    }
+
+    /// Its own process, without the database.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    /// Where clients go: scheme and address.
+    #[must_use]
+    pub fn origin(&self) -> String {
+        format!("http://{}", self.listen)
+    }
+
+    /// Where `/metrics` is: scheme and address.
+    #[must_use]
+    pub fn admin(&self) -> String {
+        format!("http://{}", self.admin)
+    }
+
+    /// The settings that a command beside it needs.
+    #[must_use]
+    pub fn settings(&self) -> &[(&'static str, String)] {
+        &self.settings
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// If not.
+    pub fn alive(&mut self) -> anyhow::Result<()> {
+        self.daemon.alive().context("drawbridge serve")
+    }
+
+    /// Runs a command beside the service; yields its output.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub async fn cli(&self, args: &[&str], stdin: Option<String>) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.binary);
+        command
+            .args(args)
+            .envs(self.settings.iter().map(|(name, value)| (name, value)));
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let what = args.join(" ");
+        let ran = tokio::task::spawn_blocking(move || {
+            let mut child = command.spawn()?;
+            if let Some(mut pipe) = child.stdin.take() {
+                pipe.write_all(stdin.unwrap_or_default().as_bytes())?;
+            }
+            child.wait_with_output()
+        });
+        let output = ran.await??;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "drawbridge {what}: {}",
+            said.trim()
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Imports accounts of the fake.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub async fn import(&self, fake: &Fake, names: &[&str]) -> anyhow::Result<()> {
+        for name in names {
+            let auth = fake.account(name).await?;
+            self.cli(
+                &["accounts", "import", "--label", name, "-"],
+                Some(auth.to_string()),
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Creates a client key.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub async fn key(&self, name: &str) -> anyhow::Result<String> {
+        let said = self
+            .cli(&["keys", "create", "--name", name, "--quiet"], None)
+            .await?;
+        Ok(said.trim().to_owned())
+    }
+}
+
+/// Waits until a server answers well.
+///
+/// # Errors
+/// If it ends, or takes too long.
+pub async fn answers(
+    client: &reqwest::Client,
+    url: &str,
+    daemon: &mut Daemon,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + START;
+    while Instant::now() < deadline {
+        daemon.alive()?;
+        if client
+            .get(url)
+            .send()
+            .await
+            .is_ok_and(|answer| answer.status().is_success())
+        {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    bail!("{url} does not answer")
+}

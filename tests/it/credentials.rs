@@ -1,0 +1,418 @@
+//! Fresh credentials: one exchange for all who need it, and what becomes of an account whose login is refused.
+//!
+//! The token endpoint of most of these tests answers when the test does, so that every race happens in the order that is tested.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Json, Router, http::StatusCode, routing::post};
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
+use drawbridge::{
+    account::{Accounts, AuthFile},
+    bus::Bus,
+    ids::AccountId,
+    routing::Lifecycle,
+    secret::{KeyRing, Pepper},
+    task::Tasks,
+    upstream::credential::{Credential, CredentialError, Credentials, Freshness},
+};
+use futures_util::future::join_all;
+use jiff::{SignedDuration, Timestamp};
+use loadtest::upstream::Upstream;
+use secrecy::ExposeSecret as _;
+use serde_json::{Value, json};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::support::store::Store;
+
+/// What upstream hands out to one person.
+struct Login {
+    /// Tells the tokens of one login from those of the next.
+    serial: u32,
+    plan: &'static str,
+    /// How long the access token claims to live.
+    lifetime: SignedDuration,
+}
+
+const FIRST: Login = Login {
+    serial: 1,
+    plan: "plus",
+    lifetime: SignedDuration::from_hours(24),
+};
+const SECOND: Login = Login { serial: 2, ..FIRST };
+
+impl Login {
+    fn tokens(&self, now: Timestamp) -> Value {
+        let claims = json!({
+            "exp": (now + self.lifetime).as_second(),
+            "jti": self.serial,
+            "https://api.openai.com/auth": {
+                "chatgpt_account_id": "ws",
+                "chatgpt_user_id": "alice",
+                "chatgpt_plan_type": self.plan,
+            },
+        });
+        let access = format!(
+            "e30.{}.c2ln",
+            BASE64_URL_SAFE_NO_PAD.encode(claims.to_string())
+        );
+        json!({ "access_token": access, "refresh_token": format!("rt_{}", self.serial) })
+    }
+
+    async fn import(&self, accounts: &Accounts, store: &Store) -> AccountId {
+        let file = json!({ "tokens": self.tokens(store.db.clock().now()) }).to_string();
+        import(accounts, &file).await
+    }
+}
+
+async fn import(accounts: &Accounts, file: &str) -> AccountId {
+    let file = AuthFile::parse(file.as_bytes()).ok().unwrap();
+    accounts.import(&file, None).await.ok().unwrap().id
+}
+
+async fn accounts(store: &Store) -> Accounts {
+    store.db.learn_time().await.unwrap();
+    let ring = KeyRing::parse(&KeyRing::generate("k1")).unwrap();
+    Accounts::new(store.db.clone(), ring, Pepper::new([7; 32]))
+}
+
+/// Status, reason and plan of the only account.
+async fn state(accounts: &Accounts) -> (Lifecycle, Option<String>, String) {
+    let account = accounts.list().await.ok().unwrap().remove(0);
+    (account.lifecycle, account.reason, account.plan)
+}
+
+/// A token endpoint that answers when the test does.
+struct Desk {
+    url: String,
+    asked: mpsc::UnboundedReceiver<Exchange>,
+    server: JoinHandle<()>,
+}
+
+/// An exchange that waits for its answer.
+struct Exchange {
+    refresh: String,
+    answer: oneshot::Sender<(StatusCode, Value)>,
+}
+
+impl Desk {
+    async fn open() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (sender, asked) = mpsc::unbounded_channel();
+        let token = async move |Json(body): Json<Value>| {
+            let (answer, answered) = oneshot::channel();
+            let refresh = body["refresh_token"].as_str().unwrap().to_owned();
+            sender.send(Exchange { refresh, answer }).ok().unwrap();
+            let (status, body) = answered.await.unwrap();
+            (status, Json(body))
+        };
+        let router = Router::new().route("/oauth/token", post(token));
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self { url, asked, server }
+    }
+
+    async fn next(&mut self) -> Exchange {
+        let next = timeout(Duration::from_secs(10), self.asked.recv()).await;
+        next.expect("an exchange").unwrap()
+    }
+
+    fn is_quiet(&mut self) -> bool {
+        self.asked.try_recv().is_err()
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Exchange {
+    fn give(self, login: &Login, now: Timestamp) {
+        self.answer
+            .send((StatusCode::OK, login.tokens(now)))
+            .unwrap();
+    }
+
+    fn refuse(self, status: StatusCode, code: &str) {
+        self.answer
+            .send((status, json!({ "error": { "code": code } })))
+            .unwrap();
+    }
+}
+
+/// What one process knows of the pool.
+struct Replica {
+    credentials: Credentials,
+    tasks: Tasks,
+}
+
+impl Replica {
+    async fn start(store: &Store, accounts: &Accounts, auth_url: &str) -> Self {
+        // reqwest asks for one, even where no TLS is spoken; only the first call counts.
+        drop(rustls::crypto::ring::default_provider().install_default());
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let bus = Bus::connect(&store.db).await.unwrap();
+        let tasks = Tasks::new();
+        let clock = store.db.clock().clone();
+        let credentials = Credentials::new(accounts.clone(), client, auth_url, clock, &bus, &tasks);
+        tasks.essential("bus", bus.run(tasks.clone()));
+        Self { credentials, tasks }
+    }
+
+    /// Asks in a task, so that the test can go on.
+    fn ask(
+        &self,
+        id: AccountId,
+        freshness: Freshness,
+    ) -> JoinHandle<Result<Arc<Credential>, CredentialError>> {
+        let credentials = self.credentials.clone();
+        tokio::spawn(async move { credentials.fresh(id, freshness).await })
+    }
+
+    async fn any(&self, id: AccountId) -> Result<Arc<Credential>, CredentialError> {
+        self.credentials.fresh(id, Freshness::Any).await
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.tasks.stop();
+    }
+}
+
+/// One account, one replica, and the desk that both sides of an exchange are seen from.
+async fn set_up() -> (Store, Accounts, AccountId, Desk, Replica) {
+    let store = Store::direct().await;
+    let accounts = accounts(&store).await;
+    let id = FIRST.import(&accounts, &store).await;
+    let desk = Desk::open().await;
+    let replica = Replica::start(&store, &accounts, &desk.url).await;
+    (store, accounts, id, desk, replica)
+}
+
+/// Lets every access token end in so many minutes, a day after it came.
+async fn end_in(store: &Store, minutes: i32) {
+    let update =
+        "update account_credentials set refreshed_at = clock_timestamp() - interval '1 day',
+        access_expires_at = clock_timestamp() + make_interval(mins => $1)";
+    store.client.execute(update, &[&minutes]).await.unwrap();
+}
+
+#[tokio::test]
+async fn fifty_callers_with_an_expired_or_refused_token_spend_one_refresh_token() {
+    let upstream = Upstream::start(loadtest::upstream::Config::default()).await;
+    for (name, store) in ["alice", "bob"].iter().zip(Store::both_ways().await) {
+        let accounts = accounts(&store).await;
+        let account = upstream.account(name);
+        let id = import(&accounts, &account.auth_json()).await;
+        end_in(&store, -1).await;
+        let replica = Replica::start(&store, &accounts, &upstream.auth_url()).await;
+        for (freshness, generation) in [(Freshness::Any, 2), (Freshness::NotGeneration(2), 3)] {
+            let answers = join_all((0..50).map(|_| replica.credentials.fresh(id, freshness))).await;
+            for answer in answers {
+                let credential = answer.unwrap();
+                assert_eq!(credential.generation, generation);
+                assert_eq!(credential.access.expose_secret(), account.access_token());
+                assert_eq!(credential.chatgpt_account_id, Some(account.id()));
+            }
+        }
+        assert_eq!((account.exchanges(), account.reuses()), (2, 0));
+    }
+}
+
+#[tokio::test]
+async fn an_exchange_outlives_the_caller_that_began_it() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    assert_eq!(exchange.refresh, "rt_1");
+    caller.abort();
+    assert!(caller.await.unwrap_err().is_cancelled());
+    let next = replica.ask(id, Freshness::NotGeneration(1));
+    exchange.give(&SECOND, store.db.clock().now());
+    assert_eq!(next.await.unwrap().unwrap().generation, 2);
+    let stored = accounts.credential(id).await.unwrap().unwrap();
+    assert_eq!(
+        (stored.generation, stored.refresh.expose_secret()),
+        (2, "rt_2")
+    );
+    assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn a_spent_token_condemns_nobody_whose_credential_has_changed_meanwhile() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    SECOND.import(&accounts, &store).await;
+    exchange.refuse(StatusCode::UNAUTHORIZED, "refresh_token_reused");
+    assert_eq!(
+        caller.await.unwrap().unwrap().generation,
+        2,
+        "what is stored is adopted"
+    );
+    assert_eq!(
+        state(&accounts).await,
+        (Lifecycle::Active, None, "plus".into())
+    );
+    assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn a_refused_login_takes_its_account_out_of_service_and_is_not_asked_again() {
+    for (code, status) in [
+        ("refresh_token_reused", Lifecycle::ReauthRequired),
+        ("account_deactivated", Lifecycle::Deactivated),
+        ("never_seen_before", Lifecycle::ReauthRequired),
+    ] {
+        let (_store, accounts, id, mut desk, replica) = set_up().await;
+        let caller = replica.ask(id, Freshness::NotGeneration(1));
+        desk.next().await.refuse(StatusCode::UNAUTHORIZED, code);
+        let error = caller.await.unwrap().unwrap_err();
+        assert!(error.is_final(), "{error}");
+        assert_eq!(
+            state(&accounts).await,
+            (status, Some(code.into()), "plus".into())
+        );
+        assert!(
+            replica
+                .credentials
+                .fresh(id, Freshness::NotGeneration(1))
+                .await
+                .unwrap_err()
+                .is_final()
+        );
+        assert!(desk.is_quiet());
+    }
+}
+
+#[tokio::test]
+async fn new_tokens_overrule_the_verdict_of_a_peer_that_came_second() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    assert!(
+        accounts
+            .set_lifecycle(id, Lifecycle::ReauthRequired, "refresh_token_reused", 1)
+            .await
+            .unwrap()
+    );
+    exchange.give(
+        &Login {
+            plan: "pro",
+            ..SECOND
+        },
+        store.db.clock().now(),
+    );
+    assert_eq!(caller.await.unwrap().unwrap().generation, 2);
+    assert_eq!(
+        state(&accounts).await,
+        (Lifecycle::Active, None, "pro".into())
+    );
+}
+
+#[tokio::test]
+async fn a_paused_account_stays_paused_when_its_tokens_are_renewed() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    accounts.pause(id).await.unwrap();
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    desk.next().await.give(&SECOND, store.db.clock().now());
+    assert_eq!(caller.await.unwrap().unwrap().generation, 2);
+    assert_eq!(state(&accounts).await.0, Lifecycle::Paused);
+}
+
+#[tokio::test]
+async fn a_failed_exchange_is_not_repeated_and_the_token_is_used_while_it_lasts() {
+    for (minutes, usable) in [(2, true), (-1, false)] {
+        let (store, accounts, id, mut desk, replica) = set_up().await;
+        end_in(&store, minutes).await;
+        let caller = replica.ask(id, Freshness::Any);
+        desk.next()
+            .await
+            .refuse(StatusCode::BAD_GATEWAY, "refresh_token_reused");
+        for answer in [caller.await.unwrap(), replica.any(id).await] {
+            match answer {
+                Ok(credential) => assert!(usable && credential.generation == 1),
+                Err(error) => assert!(!usable && !error.is_final(), "{error}"),
+            }
+        }
+        let refused = replica
+            .credentials
+            .fresh(id, Freshness::NotGeneration(1))
+            .await;
+        assert!(
+            matches!(refused, Err(CredentialError::Transient)),
+            "what upstream refused is not given out"
+        );
+        assert!(desk.is_quiet());
+        assert_eq!(state(&accounts).await.0, Lifecycle::Active);
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_is_born_expired_is_used_and_not_exchanged_again() {
+    let (store, _accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let dead = Login {
+        lifetime: SignedDuration::from_hours(-1),
+        ..SECOND
+    };
+    desk.next().await.give(&dead, store.db.clock().now());
+    assert_eq!(caller.await.unwrap().unwrap().generation, 2);
+    assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn a_replica_adopts_what_its_peer_has_exchanged() {
+    let upstream = Upstream::start(loadtest::upstream::Config::default()).await;
+    let account = upstream.account("alice");
+    let store = Store::direct().await;
+    let accounts = accounts(&store).await;
+    let id = import(&accounts, &account.auth_json()).await;
+    end_in(&store, 60).await;
+    let one = Replica::start(&store, &accounts, &upstream.auth_url()).await;
+    let other = Replica::start(&store, &accounts, &upstream.auth_url()).await;
+    for replica in [&one, &other] {
+        assert_eq!(replica.any(id).await.unwrap().generation, 1);
+    }
+    for replica in [&one, &other] {
+        let fresh = replica
+            .credentials
+            .fresh(id, Freshness::NotGeneration(1))
+            .await;
+        assert_eq!(fresh.unwrap().generation, 2);
+    }
+    assert_eq!((account.exchanges(), account.reuses()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_new_login_brings_an_account_back_everywhere() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    assert!(
+        accounts
+            .set_lifecycle(id, Lifecycle::ReauthRequired, "invalid_grant", 1)
+            .await
+            .unwrap()
+    );
+    assert!(replica.any(id).await.unwrap_err().is_final());
+    SECOND.import(&accounts, &store).await;
+    assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    accounts.delete(id).await.unwrap();
+    let deadline = Instant::now() + Duration::from_millis(2_500);
+    while replica.any(id).await.is_ok() {
+        assert!(Instant::now() < deadline, "a deleted account still serves");
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(matches!(
+        replica.any(id).await,
+        Err(CredentialError::Unknown)
+    ));
+    assert!(desk.is_quiet());
+}
