@@ -61,7 +61,7 @@ async fn works_from_first_start_to_last_command(home: Home) {
         .map(|account| {
             (
                 account["label"].as_str().unwrap(),
-                account["status"].as_str().unwrap(),
+                account["lifecycle"].as_str().unwrap(),
             )
         })
         .collect();
@@ -94,7 +94,7 @@ async fn works_from_first_start_to_last_command(home: Home) {
     refused_accounts(&home, &service, &key, "bob").await;
     let accounts = home.json(&["accounts", "list"]).await;
     assert_eq!(accounts.as_array().unwrap().len(), 1);
-    assert_eq!(accounts[0]["status"], "active");
+    assert_eq!(accounts[0]["lifecycle"], "active");
 
     let rotated = home.ok(&["keys", "rotate", "laptop", "--quiet"]).await;
     let rotated = rotated.trim_end();
