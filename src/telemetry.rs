@@ -2,7 +2,7 @@
 //!
 //! Logs never carry bodies, tokens, e-mails or raw affinity keys; call sites log ids and codes.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{io::IsTerminal as _, sync::OnceLock, time::Duration};
 
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -27,7 +27,9 @@ pub fn start_logs(
 ) -> Result<(), tracing_subscriber::filter::ParseError> {
     let filter = EnvFilter::try_new(filter)?;
     let registry = tracing_subscriber::registry().with(filter);
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     // A second call (tests start several servers in one process) keeps the first subscriber.
     drop(match format {
         LogFormat::Text => registry.with(layer.with_target(false)).try_init(),

@@ -14,6 +14,7 @@ mod embedded;
 mod http;
 mod keys;
 mod ledger;
+mod process;
 mod quota;
 mod support;
 mod websocket;

@@ -5,4 +5,5 @@ pub(crate) mod codex_socket;
 pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;
+pub(crate) mod process;
 pub(crate) mod store;

@@ -25,7 +25,16 @@ impl CodexSocket {
         path: &str,
         key: &str,
     ) -> Result<Self, tungstenite::Error> {
-        let mut request = format!("ws://{}{path}", house.server.address)
+        Self::connect(&house.server.address.to_string(), path, key).await
+    }
+
+    /// The same at any address.
+    pub(crate) async fn connect(
+        address: &str,
+        path: &str,
+        key: &str,
+    ) -> Result<Self, tungstenite::Error> {
+        let mut request = format!("ws://{address}{path}")
             .into_client_request()
             .unwrap();
         let headers = request.headers_mut();
@@ -42,7 +51,12 @@ impl CodexSocket {
 
     /// Sends a frame.
     pub(crate) async fn send(&mut self, frame: &Value) {
-        self.0.send(Message::text(frame.to_string())).await.unwrap();
+        self.try_send(frame).await.unwrap();
+    }
+
+    /// Sends a frame to a service that may be gone.
+    pub(crate) async fn try_send(&mut self, frame: &Value) -> Result<(), tungstenite::Error> {
+        self.0.send(Message::text(frame.to_string())).await
     }
 
     /// Sends any message.

@@ -1,0 +1,115 @@
+//! A bad configuration is told completely, by name, before anything starts.
+
+use std::net::TcpListener;
+
+use drawbridge::secret::KeyRing;
+use secrecy::ExposeSecret as _;
+
+use crate::support::process::Home;
+
+/// `EX_USAGE`.
+const BAD_CONFIGURATION: Option<i32> = Some(64);
+
+#[tokio::test]
+async fn every_fault_is_told_at_once_and_nothing_is_started() {
+    let home = Home::new()
+        .await
+        .set("DRAWBRIDGE_LISTEN", "nowhere")
+        .set("DRAWBRIDGE_UPSTREAM_URL", "chatgpt.com")
+        .set("DRAWBRIDGE_DRAIN_GRACE", "soon")
+        .set("DRAWBRIDGE_RETENTION_DAYS", "0")
+        .set("DRAWBRIDGE_DATABASE_URL", "postgres://u:hunter2@h/db");
+    for command in ["serve", "config", "migrate"] {
+        let said = home.run(&[command]).await;
+        assert_eq!(said.code, BAD_CONFIGURATION);
+        for name in [
+            "DRAWBRIDGE_LISTEN=nowhere",
+            "DRAWBRIDGE_UPSTREAM_URL",
+            "DRAWBRIDGE_DRAIN_GRACE",
+            "DRAWBRIDGE_RETENTION_DAYS",
+            "DRAWBRIDGE_MASTER_KEYS is not set",
+        ] {
+            assert!(said.err.contains(name), "{}", said.err);
+        }
+        assert!(!said.err.contains("hunter2"), "{}", said.err);
+        assert_eq!(said.out, "");
+    }
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn an_external_database_without_keys_prints_a_command_whose_output_is_taken() {
+    let home = Home::new().await.set(
+        "DRAWBRIDGE_DATABASE_URL",
+        "postgres://drawbridge@127.0.0.1:1/drawbridge",
+    );
+    let said = home.run(&["serve"]).await;
+    assert_eq!(said.code, BAD_CONFIGURATION);
+    let (_, rest) = said.err.split_once("make one with: ").unwrap();
+    let command = rest.split_once(" (").unwrap().0;
+    let made = std::process::Command::new("sh")
+        .args(["-c", command])
+        .output()
+        .unwrap();
+    let keys = String::from_utf8(made.stdout).unwrap();
+    let home = home.set("DRAWBRIDGE_MASTER_KEYS", &keys);
+    let said = home.run(&["serve"]).await;
+    assert_eq!(
+        said.code,
+        Some(1),
+        "now only the database is missing: {}",
+        said.err
+    );
+    assert!(!said.err.contains("MASTER_KEYS"), "{}", said.err);
+}
+
+#[tokio::test]
+async fn a_master_key_of_another_installation_is_refused_by_the_name_of_its_file() {
+    let home = Home::new().await;
+    home.import("alice").await;
+    let file = home.path().join("master.key");
+    let ours = std::fs::read(&file).unwrap();
+    std::fs::write(&file, KeyRing::generate("k1").expose_secret()).unwrap();
+    for command in [&["serve"][..], &["accounts", "list"]] {
+        let said = home.run(command).await;
+        assert_eq!(said.code, BAD_CONFIGURATION, "{}", said.err);
+        assert!(said.err.contains(file.to_str().unwrap()), "{}", said.err);
+        assert_eq!(home.postmaster(), None);
+    }
+    std::fs::write(&file, ours).unwrap();
+    assert_eq!(home.json(&["accounts", "list"]).await[0]["label"], "alice");
+}
+
+#[tokio::test]
+async fn an_unknown_name_is_warned_about_once_with_the_nearest_and_strictly_refused() {
+    let home = Home::new()
+        .await
+        .set("DRAWBRIDGE_LISTN", "127.0.0.1:1")
+        .set("DRAWBRIDGE_SERVICE_HOST", "10.0.0.1");
+    let warning = "DRAWBRIDGE_LISTN is not a setting; did you mean DRAWBRIDGE_LISTEN?";
+    let said = home.run(&["config"]).await;
+    assert_eq!(said.code, Some(0));
+    assert_eq!(said.err.trim_end(), format!("drawbridge: {warning}"));
+    let said = home.run(&["config", "--strict"]).await;
+    assert_eq!(said.code, BAD_CONFIGURATION);
+    assert!(said.err.contains(warning), "{}", said.err);
+
+    let (code, log) = home.serve().await.stop().await;
+    assert_eq!(code, Some(0));
+    assert_eq!(log.matches(warning).count(), 1, "{log}");
+    assert!(!log.contains("SERVICE_HOST"), "{log}");
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_names_its_setting() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for name in ["DRAWBRIDGE_LISTEN", "DRAWBRIDGE_ADMIN_LISTEN"] {
+        let home = Home::new().await.set(name, &address);
+        let said = home.run(&["serve"]).await;
+        assert_eq!(said.code, Some(1));
+        let fault = format!("{name}: cannot listen on {address}");
+        assert!(said.err.contains(&fault), "{}", said.err);
+        assert_eq!(home.postmaster(), None);
+    }
+}
