@@ -8,12 +8,17 @@
 mod accounts;
 mod accounts_command;
 mod architecture;
+mod bad_input;
 mod codex;
 mod credentials;
+mod documents;
 mod embedded;
 mod http;
 mod keys;
 mod ledger;
+mod limits;
+mod logins;
 mod quota;
+mod statements;
 mod support;
 mod websocket;
