@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// After so long a statement that was sent has landed, or never will.
-const SLOWEST_OPENING: Duration = Duration::from_secs(30);
+const SLOWEST_OPENING: Duration = Duration::from_secs(5);
 
 /// The ledger of one process. Clones share the request log's queue.
 #[derive(Clone, Debug)]

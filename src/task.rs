@@ -89,7 +89,6 @@ impl Tasks {
     }
 
     /// Counts as a running task until it is dropped: for what others spawn.
-    #[must_use]
     pub fn token(&self) -> TaskTrackerToken {
         self.tracker.token()
     }

@@ -44,6 +44,8 @@ pub(super) struct EventStream {
     /// Epoch seconds.
     created_at: i64,
     ended: bool,
+    /// Whether whoever fills the queue was given the time to fill it.
+    gathered: bool,
     /// Without an end: to be cut once everything due is out.
     cut: bool,
 }
@@ -85,12 +87,19 @@ impl EventStream {
             last: Instant::now(),
             created_at: now,
             ended: false,
+            gathered: false,
             cut: false,
         };
         if let Some(event) = first {
             stream.write(event);
         }
         stream
+    }
+
+    /// A stream whose first event was its end.
+    pub(super) fn ended(mut self) -> Self {
+        self.ended = true;
+        self
     }
 
     fn write(&mut self, event: Event) {
@@ -194,7 +203,17 @@ impl Stream for EventStream {
                     }
                 }
             }
+            // What comes in together comes one by one: let it catch up before the write, which costs more than the detour.
+            if size > 0
+                && size < WRITE
+                && !self.ended
+                && !std::mem::replace(&mut self.gathered, true)
+            {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if let Some(bytes) = self.flush() {
+                self.gathered = false;
                 self.last = Instant::now();
                 return Poll::Ready(Some(Ok(bytes)));
             }

@@ -206,12 +206,12 @@ async fn stream(
     let first = timeout(HEAD_PATIENCE, first(&mut items))
         .await
         .unwrap_or(First::Silence);
-    let (head, event) = match first {
-        First::Event(head, event) => (head, event),
-        First::Silence => (HeaderMap::new(), None),
+    let (head, event, ended) = match first {
+        First::Event(head, event) => (head, event, false),
+        First::Silence => (HeaderMap::new(), None, false),
         First::End(stop) => match encode::explain(stop) {
             // The Codex client reads more out of upstream's own event than out of a status.
-            (_, Some(event)) if dialect == Dialect::Codex => (HeaderMap::new(), Some(event)),
+            (_, Some(event)) if dialect == Dialect::Codex => (HeaderMap::new(), Some(event), true),
             (error, _) => return Err(error),
         },
     };
@@ -222,6 +222,7 @@ async fn stream(
         &id.to_string(),
         state.clock.now().as_second(),
     );
+    let events = if ended { events.ended() } else { events };
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.extend(head);

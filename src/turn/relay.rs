@@ -76,15 +76,16 @@ pub fn channel<T: Weight>() -> (Sender<T>, Receiver<T>) {
 }
 
 impl<T: Weight> Sender<T> {
-    /// Hands an item over, waiting while the client lags.
+    /// Hands an item over, waiting while the client lags. What weighs nothing does not wait: a slow client learns of its end.
     ///
     /// # Errors
     /// When there is nobody to take it.
     pub async fn send(&self, item: T) -> Result<(), Lost> {
-        if self.flow.queued.load(Ordering::Acquire) >= LAG {
+        let weight = item.weight();
+        if weight > 0 && self.flow.queued.load(Ordering::Acquire) >= LAG {
             self.room().await?;
         }
-        self.flow.queued.fetch_add(item.weight(), Ordering::AcqRel);
+        self.flow.queued.fetch_add(weight, Ordering::AcqRel);
         self.items.send(item).map_err(|_| Lost::Gone)
     }
 
@@ -163,6 +164,8 @@ mod tests {
             .await
             .expect("one event of any size passes an empty queue");
         assert_eq!(sender.send(1).await, Err(Lost::Slow));
+        let end = tokio::time::timeout(Duration::ZERO, sender.send(0)).await;
+        assert_eq!(end, Ok(Ok(())), "its end is told at once");
     }
 
     #[tokio::test(start_paused = true)]

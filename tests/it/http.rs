@@ -339,3 +339,17 @@ async fn previous_response_id_over_http_is_answered_truthfully() {
     assert_eq!(error["error"]["param"], "previous_response_id");
     assert!(house.upstream.attempts().is_empty());
 }
+
+#[tokio::test]
+async fn upstreams_own_failure_reaches_codex_whole() {
+    let house = House::start().await;
+    house
+        .upstream
+        .fault(Fault::once(Kind::Failed("invalid_prompt".into())));
+    let response = house.codex_turn("t", "turn-1", "hi").await;
+    assert_eq!(response.status(), 200);
+    let events = events(response).await;
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0]["type"], "response.failed");
+    assert_eq!(events[0]["response"]["error"]["code"], "invalid_prompt");
+}

@@ -200,6 +200,24 @@ impl House {
         rows.iter().map(|row| row.get(0)).collect()
     }
 
+    /// How the account of a turn was chosen, as its client names it.
+    pub(crate) async fn explanation(&self, client_turn: &str) -> Value {
+        let query = "
+            select l.explanation from request_log l join turns t using (turn_id)
+            where t.client_turn_id = $1 order by l.request_id desc limit 1";
+        let started = std::time::Instant::now();
+        loop {
+            if let Some(row) = self.client.query_opt(query, &[&client_turn]).await.unwrap() {
+                return row.get(0);
+            }
+            assert!(
+                started.elapsed() < Duration::from_secs(10),
+                "{client_turn} is never logged"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Runs one turn and waits until the pool's limits are known from it.
     pub(crate) async fn learn_limits(&self) {
         events(self.codex_turn("warm-up", "warm-up", "hi").await).await;

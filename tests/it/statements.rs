@@ -1,0 +1,71 @@
+//! Every SQL statement of the program is accepted by the schema that its migrations make.
+
+use std::path::{Path, PathBuf};
+
+use drawbridge::{
+    account, api_key, bus,
+    db::{INSTALLATION_STATEMENTS, Stmt},
+    ledger, quota, replica,
+};
+
+use crate::support::store::Store;
+
+/// The statements of each room that has a store.
+const STORES: [(&str, &[&Stmt]); 6] = [
+    ("account", account::STATEMENTS),
+    ("api_key", api_key::STATEMENTS),
+    ("bus", bus::STATEMENTS),
+    ("ledger", ledger::STATEMENTS),
+    ("quota", quota::STATEMENTS),
+    ("replica", replica::STATEMENTS),
+];
+
+#[tokio::test]
+async fn the_schema_accepts_every_statement() {
+    let store = Store::direct().await;
+    let connection = store.db.connection().await.unwrap();
+    let all = STORES
+        .iter()
+        .flat_map(|(_, statements)| statements.iter())
+        .chain(INSTALLATION_STATEMENTS);
+    for statement in all {
+        let checked = connection.check(statement).await;
+        assert!(checked.is_ok(), "{}: {checked:?}", statement.name);
+    }
+}
+
+#[test]
+fn every_store_is_listed_and_every_name_says_whose_it_is() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut rooms: Vec<String> = stores(&src)
+        .iter()
+        .map(|store| room_of(&src, store))
+        .collect();
+    rooms.sort();
+    let listed: Vec<&str> = STORES.iter().map(|(room, _)| *room).collect();
+    assert_eq!(rooms, listed);
+    for (room, statements) in STORES {
+        assert!(!statements.is_empty(), "{room}");
+        for statement in statements {
+            assert_eq!(statement.name.split('.').next(), Some(room));
+        }
+    }
+}
+
+/// Every `store.rs` below a directory.
+fn stores(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths
+        .flat_map(|path| match path.is_dir() {
+            true => stores(&path),
+            false if path.ends_with("store.rs") => vec![path],
+            false => Vec::new(),
+        })
+        .collect()
+}
+
+fn room_of(src: &Path, store: &Path) -> String {
+    let room = store.parent().unwrap().strip_prefix(src).unwrap();
+    room.to_str().unwrap().to_owned()
+}
