@@ -1,6 +1,6 @@
 //! What went wrong upstream, and what to do about it.
 //!
-//! [`Failure`] is one classified failure: from an HTTP answer, an event, a closed socket, a deadline. [`decide`] is the table
+//! [`Failure`] is one classified failure: from an HTTP answer, an event, a closed socket, a deadline. [`decide()`] is the table
 //! from (class, phase, tries) to the next step and to the effect on the account. Neither knows accounts or clients.
 //!
 //! Invariants: nothing is replayed after something visible; an account is blamed only for what another account could have
