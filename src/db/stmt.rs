@@ -52,7 +52,7 @@ pub enum LockClass {
 
 /// Declares the statements of a store and lists them all in `STATEMENTS`, which a test prepares against the migrated schema.
 ///
-/// ```ignore
+/// ```text
 /// statements! { "bus";
 ///     /// Reads every version.
 ///     READ: [] = "select topic, version from bus_versions";
