@@ -24,6 +24,56 @@ create table bridge_replicas (
     dead_at timestamptz
 );
 
+-- Fencing tokens; one sequence for all leases, so that none ever repeats, purged leases included.
+create sequence lease_generations;
+
+-- The durable right to own a bridge session. Keys are stored as SHA-256 of length-framed (kind, value).
+-- owner_boot null = free; busy_turn = the request whose turn runs on it; taken_at is set by a takeover from a silent owner alone.
+create table http_bridge_leases (
+    lease_id uuid primary key,
+    scope_id uuid not null,
+    key_kind text not null,
+    key_hash bytea not null,
+    generation bigint not null,
+    owner_boot uuid references bridge_replicas on delete set null,
+    busy_turn uuid,
+    busy_since timestamptz,
+    turn_seq bigint not null default 0,
+    taken_at timestamptz,
+    account_id uuid,
+    model_class text,
+    head_response_id text,
+    head_item_count integer,
+    head_items_hash bytea,
+    created_at timestamptz not null default clock_timestamp(),
+    last_turn_at timestamptz not null default clock_timestamp(),
+    retain_until timestamptz not null,
+    constraint http_bridge_leases_key unique (scope_id, key_kind, key_hash)
+) with (fillfactor = 70);
+create index http_bridge_leases_owner on http_bridge_leases (owner_boot) where owner_boot is not null;
+create index http_bridge_leases_retain on http_bridge_leases (retain_until);
+
+-- The sealed record of a finished response: the items that its turn added. complete = false: the record was not kept, and nothing can be
+-- rebuilt through it. A chain is purged whole: 24 h after its newest link, 7 days after its root. No foreign keys: history outlives both
+-- account and lease.
+create table response_snapshots (
+    scope_id uuid not null,
+    response_id text not null,
+    parent_response_id text,
+    chain_id uuid not null,
+    lease_id uuid,
+    account_id uuid,
+    model text not null,
+    is_root boolean not null,
+    complete boolean not null,
+    bytes integer not null,
+    key_id text,
+    body bytea,
+    created_at timestamptz not null default clock_timestamp(),
+    primary key (scope_id, response_id)
+);
+create index response_snapshots_chain on response_snapshots (chain_id, created_at);
+
 -- One row per upstream login. status is the life cycle alone; limits live in quota_windows and quota_blocks.
 create table accounts (
     account_id uuid primary key,
@@ -117,6 +167,8 @@ create table turns (
     api_key_id uuid,
     client_turn_id text,
     boot_id uuid not null,
+    lease_id uuid,
+    generation bigint,
     state text not null default 'open' constraint turns_state check (state in ('open', 'settled', 'released')),
     route text not null,
     transport text not null,
@@ -139,6 +191,7 @@ create table turns (
     settled_at timestamptz
 );
 create index turns_client on turns (scope_id, client_turn_id, turn_id desc) where client_turn_id is not null;
+create unique index turns_request on turns (request_id);
 create index turns_open on turns (boot_id) where state = 'open';
 
 -- One row per answered request, written in batches; day is that of the turn's id, so a repeated batch changes nothing.
@@ -156,6 +209,8 @@ create table request_log (
     status integer,
     outcome text not null,
     reason text,
+    bridge_outcome text,
+    bridge_reason text,
     error_code text,
     attempts integer not null,
     input_tokens bigint not null default 0,

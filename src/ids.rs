@@ -89,6 +89,17 @@ id!(
     new_v4
 );
 
+id!(
+    /// The durable right to own a bridge session: a row of `http_bridge_leases`.
+    LeaseId,
+    new_v4
+);
+id!(
+    /// A conversation's snapshots up to a checkpoint.
+    ChainId,
+    new_v4
+);
+
 impl ScopeId {
     /// The scope of callers that may go without a key.
     pub const ANONYMOUS: Self = Self(Uuid::nil());
