@@ -221,8 +221,7 @@ impl Accounts {
         let (label, plan) = store::save_account(&tx, id, &account, email_sealed.as_deref()).await?;
         let issued = file.refreshed_at.unwrap_or_else(|| self.db.clock().now());
         store::save_credential(&tx, id, &self.seal(id, &file.tokens), issued).await?;
-        bus::bump(&tx, &[Topic::Accounts]).await?;
-        tx.commit().await?;
+        bus::commit(tx, &[Topic::Accounts]).await?;
         Ok(Imported {
             id,
             created: known.is_none(),
@@ -257,8 +256,7 @@ impl Accounts {
         if !store::delete(&tx, id).await? {
             return Err(Error::Unknown);
         }
-        bus::bump(&tx, &[Topic::Accounts, Topic::Models]).await?;
-        Ok(tx.commit().await?)
+        Ok(bus::commit(tx, &[Topic::Accounts, Topic::Models]).await?)
     }
 
     /// Notes upstream's verdict on a credential; yields whether that changed anything. It does not if the credential is not `generation`
@@ -281,11 +279,10 @@ impl Accounts {
         let judged = serving && store::generation(&tx, id).await? == Some(generation);
         if judged {
             store::set_status(&tx, id, to, Some(reason)).await?;
-            bus::bump(&tx, &[Topic::Accounts]).await?;
-        }
-        tx.commit().await?;
-        if judged {
+            bus::commit(tx, &[Topic::Accounts]).await?;
             tracing::warn!(account_id = %id, status = %to, reason, "an account is out of service");
+        } else {
+            tx.commit().await?;
         }
         Ok(judged)
     }
@@ -337,8 +334,7 @@ impl Accounts {
             store::set_status(&tx, id, Lifecycle::Active, None).await?;
         }
         let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
-        bus::bump(&tx, &[Topic::Accounts]).await?;
-        tx.commit().await?;
+        bus::commit(tx, &[Topic::Accounts]).await?;
         Ok(Some(generation))
     }
 
@@ -368,8 +364,7 @@ impl Accounts {
             }
         }
         store::set_status(&tx, id, to, None).await?;
-        bus::bump(&tx, &[Topic::Accounts]).await?;
-        Ok(tx.commit().await?)
+        Ok(bus::commit(tx, &[Topic::Accounts]).await?)
     }
 
     fn seal(&self, id: AccountId, tokens: &Tokens) -> SealedTokens {

@@ -1,6 +1,6 @@
 //! Tells every replica that something it caches has changed. The bus carries versions, never meaning: a listener re-reads its own data.
 //!
-//! The truth is `bus_versions(topic, version)`, bumped by the last statement of the writing transaction ([`bump`]). `LISTEN` makes
+//! The truth is `bus_versions(topic, version)`, bumped by the last statement of the writing transaction ([`commit`]). `LISTEN` makes
 //! listeners hear of it at once; a poll underneath makes them hear of it anyway. A lost, late, repeated or forged hint changes nothing but
 //! the delay, which is at most 1 s with LISTEN and 2.5 s by poll alone.
 
@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::{sync::watch, time::timeout};
 use tokio_postgres::AsyncMessage;
 
-pub use self::store::{STATEMENTS, bump};
+pub use self::store::{STATEMENTS, commit};
 use crate::{
     db::{Db, Error},
     task::Tasks,

@@ -8,6 +8,7 @@
 
 mod accounts;
 mod keys;
+mod replicas;
 
 use std::{fmt, path::Path, process::ExitCode};
 
@@ -18,6 +19,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use crate::{
     config::{self, Config, Database, MasterKeys, Settings},
     db::{Db, Endpoint, Installation, OpenError, embedded::Cluster, migrate},
+    replica::Timing,
     secret::KeyRing,
     server, telemetry,
 };
@@ -48,6 +50,9 @@ enum Command {
     /// Client keys
     #[command(subcommand)]
     Keys(keys::KeysCommand),
+    /// The processes that share the pool
+    #[command(subcommand)]
+    Replicas(replicas::ReplicasCommand),
     /// Bring the database schema up to date
     Migrate,
     /// Check the settings and print them
@@ -128,6 +133,13 @@ impl Cli {
             Command::Keys(command) => {
                 with_context(&config, self.json, async |context| {
                     keys::run(command, context).await
+                })
+                .await?;
+            }
+            Command::Replicas(command) => {
+                let timing = Timing::FULL.scaled(config.time_scale);
+                with_context(&config, self.json, async |context| {
+                    replicas::run(command, timing, context).await
                 })
                 .await?;
             }

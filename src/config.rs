@@ -3,11 +3,17 @@
 //! Every setting is text until [`Settings::check`] has looked at all of them; all faults are reported at once. Names that look like ours
 //! but are not are warned about, with the nearest real one; those that Kubernetes injects for a Service are ignored.
 
-use std::{collections::BTreeSet, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+mod faults;
+mod unknown;
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
-use secrecy::SecretString;
+use redis::IntoConnectionInfo as _;
+use secrecy::{ExposeSecret as _, SecretString};
 
+use self::faults::{Faults, address, duration, url};
+pub use self::unknown::unknown_names;
 use crate::telemetry::LogFormat;
 
 /// The settings as given. Each is a flag and an environment variable.
@@ -17,6 +23,22 @@ pub struct Settings {
     /// Address for clients [default: 127.0.0.1:2455]
     #[arg(long, global = true, env = "DRAWBRIDGE_LISTEN", value_name = "ADDR")]
     listen: Option<String>,
+    /// Address for other replicas, which must reach it; unset = turns are not forwarded to this one
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_INTERNAL_LISTEN",
+        value_name = "ADDR"
+    )]
+    internal_listen: Option<String>,
+    /// How other replicas reach it [default: <http://the> address above]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_INTERNAL_URL",
+        value_name = "URL"
+    )]
+    internal_url: Option<String>,
     /// Address for /metrics, /livez and /readyz [default: 127.0.0.1:9464]
     #[arg(
         long,
@@ -51,6 +73,15 @@ pub struct Settings {
         hide_env_values = true
     )]
     database_direct_url: Option<SecretText>,
+    /// Redis, which tells replicas of changes faster where the database cannot; redis:// or rediss://
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_REDIS_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    redis_url: Option<SecretText>,
     /// Whether `serve` applies migrations [default: true]
     #[arg(
         long,
@@ -144,6 +175,15 @@ pub struct Settings {
         value_name = "WORD"
     )]
     log_format: Option<String>,
+    /// For tests: multiplies the times of the protocol between replicas, which must all use the same
+    #[arg(
+        long,
+        global = true,
+        hide = true,
+        env = "DRAWBRIDGE_TEST_TIME_SCALE",
+        value_name = "FACTOR"
+    )]
+    test_time_scale: Option<String>,
 }
 
 /// Text that does not print.
@@ -163,12 +203,15 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-const NAMES: [&str; 20] = [
+const NAMES: [&str; 24] = [
     "DRAWBRIDGE_LISTEN",
+    "DRAWBRIDGE_INTERNAL_LISTEN",
+    "DRAWBRIDGE_INTERNAL_URL",
     "DRAWBRIDGE_ADMIN_LISTEN",
     "DRAWBRIDGE_REPLICA_NAME",
     "DRAWBRIDGE_DATABASE_URL",
     "DRAWBRIDGE_DATABASE_DIRECT_URL",
+    "DRAWBRIDGE_REDIS_URL",
     "DRAWBRIDGE_MIGRATE_ON_START",
     "DRAWBRIDGE_DATA_DIR",
     "DRAWBRIDGE_MASTER_KEYS",
@@ -183,6 +226,7 @@ const NAMES: [&str; 20] = [
     "DRAWBRIDGE_RETENTION_DAYS",
     "DRAWBRIDGE_LOG",
     "DRAWBRIDGE_LOG_FORMAT",
+    "DRAWBRIDGE_TEST_TIME_SCALE",
     "DRAWBRIDGE_KEY",
 ];
 
@@ -191,12 +235,16 @@ const NAMES: [&str; 20] = [
 pub struct Config {
     /// Client listener.
     pub listen: SocketAddr,
+    /// Listener for other replicas; none = turns are not forwarded to this one.
+    pub internal: Option<Internal>,
     /// Admin listener.
     pub admin_listen: SocketAddr,
     /// Name of this replica.
     pub replica_name: String,
     /// Where the data is.
     pub database: Database,
+    /// Redis, for hints between replicas.
+    pub redis: Option<RedisUrl>,
     /// Whether `serve` migrates.
     pub migrate_on_start: bool,
     /// Embedded cluster and generated master key.
@@ -213,6 +261,45 @@ pub struct Config {
     pub retention_days: u16,
     /// Logs.
     pub log: Log,
+    /// Multiplies the times of the protocol between replicas: 1 but in tests.
+    pub time_scale: f64,
+}
+
+/// How other replicas reach this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Internal {
+    /// The listener.
+    pub listen: SocketAddr,
+    /// Given where the listener's address is not the one that others use.
+    url: Option<String>,
+}
+
+impl Internal {
+    /// What others are told, once the listener is bound; without a trailing slash.
+    #[must_use]
+    pub fn endpoint(&self, bound: SocketAddr) -> String {
+        self.url
+            .clone()
+            .unwrap_or_else(|| format!("http://{bound}"))
+    }
+}
+
+/// The URL of a Redis; may hold a password.
+#[derive(Clone)]
+pub struct RedisUrl(pub SecretString);
+
+impl RedisUrl {
+    fn is_valid(&self) -> bool {
+        let url = self.0.expose_secret();
+        (url.starts_with("redis://") || url.starts_with("rediss://"))
+            && redis::parse_redis_url(url).is_some_and(|url| url.into_connection_info().is_ok())
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
 }
 
 /// Where the data is.
@@ -342,6 +429,12 @@ impl Settings {
                 MasterKeys::File(PathBuf::new())
             }
         };
+        let internal = faults.internal(self.internal_listen, self.internal_url);
+        let redis = self.redis_url.map(|url| RedisUrl(url.0));
+        if redis.as_ref().is_some_and(|url| !url.is_valid()) {
+            // Not quoted: it may hold a password.
+            faults.add("DRAWBRIDGE_REDIS_URL is not a redis:// or rediss:// URL");
+        }
         let config = Config {
             listen: faults.parse(
                 "DRAWBRIDGE_LISTEN",
@@ -350,6 +443,7 @@ impl Settings {
                 "an address such as 127.0.0.1:2455",
                 address,
             ),
+            internal,
             admin_listen: faults.parse(
                 "DRAWBRIDGE_ADMIN_LISTEN",
                 self.admin_listen,
@@ -359,6 +453,7 @@ impl Settings {
             ),
             replica_name: self.replica_name.unwrap_or_else(host_name),
             database,
+            redis,
             migrate_on_start: faults.parse(
                 "DRAWBRIDGE_MIGRATE_ON_START",
                 self.migrate_on_start,
@@ -445,61 +540,16 @@ impl Settings {
                     },
                 ),
             },
+            time_scale: faults.parse(
+                "DRAWBRIDGE_TEST_TIME_SCALE",
+                self.test_time_scale,
+                "1",
+                "a number from 0.01 to 1",
+                |text| text.parse().ok().filter(|by| (0.01..=1.0).contains(by)),
+            ),
         };
         faults.none().map(|()| config)
     }
-}
-
-/// Collects what is wrong.
-#[derive(Default)]
-struct Faults(Vec<String>);
-
-impl Faults {
-    fn add(&mut self, fault: &str) {
-        self.0.push(fault.to_owned());
-    }
-
-    /// The value, or a fault and the default.
-    fn parse<T>(
-        &mut self,
-        name: &str,
-        given: Option<String>,
-        default: &str,
-        wanted: &str,
-        read: impl Fn(&str) -> Option<T>,
-    ) -> T {
-        let value = given.and_then(|text| {
-            let value = read(text.trim());
-            if value.is_none() {
-                self.0.push(format!("{name}={text} is not {wanted}"));
-            }
-            value
-        });
-        value.unwrap_or_else(|| read(default).expect("defaults are valid"))
-    }
-
-    fn none(self) -> Result<(), Vec<String>> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(self.0)
-        }
-    }
-}
-
-fn address(text: &str) -> Option<SocketAddr> {
-    text.parse().ok()
-}
-
-fn url(text: &str) -> Option<String> {
-    let parsed: http::Uri = text.parse().ok()?;
-    let known = matches!(parsed.scheme_str(), Some("http" | "https"));
-    (known && parsed.authority().is_some() && parsed.query().is_none())
-        .then(|| text.trim_end_matches('/').to_owned())
-}
-
-fn duration(text: &str) -> Option<Duration> {
-    text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()
 }
 
 fn default_data_dir() -> Option<PathBuf> {
@@ -514,58 +564,6 @@ fn host_name() -> String {
         .nodename()
         .to_string_lossy()
         .into_owned()
-}
-
-/// Sentences about names in `environment` that look like settings but are none, each naming the nearest real one.
-#[must_use]
-pub fn unknown_names(environment: impl Iterator<Item = (String, String)>) -> Vec<String> {
-    let names: BTreeSet<String> = environment
-        .filter(|(name, value)| {
-            name.starts_with("DRAWBRIDGE_")
-                && !NAMES.contains(&name.as_str())
-                && !is_service_link(name, value)
-        })
-        .map(|(name, _)| name)
-        .collect();
-    let nearest = |name: &str| {
-        NAMES
-            .into_iter()
-            .min_by_key(|known| distance(name, known))
-            .unwrap_or_default()
-    };
-    names
-        .iter()
-        .map(|name| format!("{name} is not a setting; did you mean {}?", nearest(name)))
-        .collect()
-}
-
-/// Whether Kubernetes injects such a name for a Service called `drawbridge` or `drawbridge-..`.
-fn is_service_link(name: &str, value: &str) -> bool {
-    let port = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let tcp = |suffix: &str| {
-        name.rsplit_once("_PORT_")
-            .is_some_and(|(_, rest)| rest.strip_suffix(suffix).is_some_and(port))
-    };
-    name.ends_with("_SERVICE_HOST")
-        || name.contains("_SERVICE_PORT")
-        || (name.ends_with("_PORT") && value.starts_with("tcp://"))
-        || ["_TCP", "_TCP_ADDR", "_TCP_PORT", "_TCP_PROTO"]
-            .into_iter()
-            .any(tcp)
-}
-
-/// Levenshtein distance.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.bytes().enumerate() {
-            let substituted = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -622,23 +620,61 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_name_is_warned_about_and_service_links_are_not() {
-        let environment = [
-            ("DRAWBRIDGE_LISTN", "x"),
-            ("DRAWBRIDGE_SERVICE_HOST", "10.0.0.1"),
-            ("DRAWBRIDGE_SERVICE_PORT_HTTP", "2455"),
-            ("DRAWBRIDGE_PORT", "tcp://10.0.0.1:2455"),
-            ("DRAWBRIDGE_PORT_2455_TCP_ADDR", "10.0.0.1"),
-            ("DRAWBRIDGE_LOG", "info"),
-        ];
-        let warnings = unknown_names(
-            environment
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value.to_owned())),
-        );
-        assert_eq!(
-            warnings,
-            ["DRAWBRIDGE_LISTN is not a setting; did you mean DRAWBRIDGE_LISTEN?"]
-        );
+    fn peers_are_told_an_address_that_they_can_use() {
+        let check = |listen: Option<&str>, url: Option<&str>| {
+            Settings {
+                internal_listen: listen.map(Into::into),
+                internal_url: url.map(Into::into),
+                ..Settings::default()
+            }
+            .check()
+            .map(|config| {
+                config
+                    .internal
+                    .map(|internal| internal.endpoint(internal.listen))
+            })
+        };
+        for (listen, url, expected) in [
+            (None, None, None),
+            (Some("10.0.0.7:2456"), None, Some("http://10.0.0.7:2456")),
+            (Some("[::1]:2456"), None, Some("http://[::1]:2456")),
+            (
+                Some("0.0.0.0:2456"),
+                Some("https://bridge-0:2456/"),
+                Some("https://bridge-0:2456"),
+            ),
+        ] {
+            assert_eq!(check(listen, url), Ok(expected.map(Into::into)));
+        }
+        for (listen, url) in [
+            (Some("0.0.0.0:2456"), None),
+            (Some("[::]:2456"), None),
+            (None, Some("http://bridge-0:2456")),
+        ] {
+            let faults = check(listen, url).unwrap_err();
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            assert!(faults[0].contains("DRAWBRIDGE_INTERNAL_LISTEN"));
+            assert!(faults[0].contains("DRAWBRIDGE_INTERNAL_URL"));
+        }
+    }
+
+    #[test]
+    fn the_url_of_redis_is_checked_and_never_shown() {
+        let check = |url: &str| {
+            Settings {
+                redis_url: Some(url.into()),
+                ..Settings::default()
+            }
+            .check()
+        };
+        for good in ["redis://:hunter2@h", "rediss://u:hunter2@h:6380/2"] {
+            let shown = format!("{:?}", check(good).unwrap());
+            assert!(!shown.contains("hunter2"), "{shown}");
+        }
+        for bad in ["hunter2", "http://hunter2", "redis://h:hunter2"] {
+            let faults = check(bad).unwrap_err().concat();
+            assert!(faults.contains("DRAWBRIDGE_REDIS_URL"));
+            assert!(!faults.contains("hunter2"));
+        }
     }
 }

@@ -18,6 +18,7 @@ mod tx;
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio::sync::watch;
 use tokio_postgres::{Client, Config, Row, types::ToSql};
 
 pub use self::{
@@ -42,6 +43,8 @@ pub struct Db {
     vital: Pool,
     direct: Endpoint,
     clock: Clock,
+    /// Moves when a transaction of this process has committed that others should hear of.
+    announced: watch::Sender<()>,
 }
 
 impl Db {
@@ -56,6 +59,7 @@ impl Db {
             vital: pool(direct, VITAL_CONNECTIONS)?,
             direct: direct.clone(),
             clock: Clock::default(),
+            announced: watch::Sender::new(()),
         })
     }
 
@@ -103,7 +107,13 @@ impl Db {
     /// # Errors
     /// As [`Db::connection`].
     pub async fn begin(&self) -> Result<Tx, Error> {
-        Tx::begin(self.connection().await?).await
+        Tx::begin(self.connection().await?, self.announced.clone()).await
+    }
+
+    /// Changes when a transaction of this process has ended with [`Tx::commit_and_announce`].
+    #[must_use]
+    pub fn announced(&self) -> watch::Receiver<()> {
+        self.announced.subscribe()
     }
 
     /// Runs a statement that returns any number of rows.
@@ -165,6 +175,11 @@ impl std::fmt::Debug for Db {
 pub struct Connection(deadpool_postgres::Object);
 
 impl Connection {
+    /// Cuts the connection instead of giving it back: it owes an answer that nobody waits for any more.
+    pub fn cut(self) {
+        drop(deadpool_postgres::Object::take(self.0));
+    }
+
     /// As [`Db::all`].
     ///
     /// # Errors

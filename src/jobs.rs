@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::{account::sticky::Sticky, ledger::Ledger, task::Tasks, upstream::Upstream};
+use crate::{
+    account::sticky::Sticky, db::Db, ledger::Ledger, replica, task::Tasks, upstream::Upstream,
+};
 
 /// How often turns of dead replicas are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -10,6 +12,8 @@ const SWEEP: Duration = Duration::from_secs(5);
 const PURGE: Duration = Duration::from_secs(600);
 /// How far back rows of the request log that a crash lost are written again; the first look covers a day.
 const MENDED: Duration = Duration::from_secs(24 * 3600);
+/// How long dead replicas are remembered.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// How often the model catalogues are read.
 const MODELS: Duration = Duration::from_secs(3600);
 /// ... and how soon again where that failed.
@@ -18,6 +22,7 @@ const MODELS_AGAIN: Duration = Duration::from_secs(60);
 /// Starts every job.
 pub fn start(
     tasks: &Tasks,
+    db: &Db,
     ledger: &Ledger,
     sticky: &Sticky,
     upstream: &Upstream,
@@ -36,9 +41,9 @@ pub fn start(
             }
         }
     });
-    let (ledger, sticky) = (ledger.clone(), sticky.clone());
+    let (db, ledger, sticky) = (db.clone(), ledger.clone(), sticky.clone());
     tasks.periodic("purge", PURGE, move || {
-        let (ledger, sticky) = (ledger.clone(), sticky.clone());
+        let (db, ledger, sticky) = (db.clone(), ledger.clone(), sticky.clone());
         async move {
             if let Err(error) = ledger.mend(MENDED).await {
                 tracing::warn!(%error, "cannot complete the request log");
@@ -48,6 +53,9 @@ pub fn start(
             }
             if let Err(error) = sticky.purge_expired().await {
                 tracing::warn!(%error, "cannot delete old sticky sessions");
+            }
+            if let Err(error) = replica::prune(&db, REMEMBERED).await {
+                tracing::warn!(%error, "cannot forget replicas that died long ago");
             }
         }
     });

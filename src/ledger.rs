@@ -16,7 +16,10 @@ mod turn;
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use self::log::{Entry, RequestLog};
 pub use self::{
@@ -39,14 +42,15 @@ const SLOWEST_OPENING: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Ledger {
     db: Db,
-    boot: BootId,
+    /// The present incarnation of this process.
+    boot: watch::Receiver<BootId>,
     log: RequestLog,
 }
 
 impl Ledger {
-    /// The ledger as this incarnation writes it. The request log is written by a task until [`Ledger::flush`].
+    /// The ledger as this process writes it, in the name of its present incarnation. The request log is written by a task until [`Ledger::flush`].
     #[must_use]
-    pub fn new(db: Db, boot: BootId, tasks: &Tasks) -> Self {
+    pub fn new(db: Db, boot: watch::Receiver<BootId>, tasks: &Tasks) -> Self {
         let log = RequestLog::new(&db);
         let writer = log.clone();
         tasks.essential("request_log", async move { writer.run().await });
@@ -59,8 +63,9 @@ impl Ledger {
     /// # Errors
     /// Of the statement; then nothing may be sent, and [`Ledger::withdraw`] takes back what may have been written.
     pub async fn open(&self, opening: Opening) -> Result<Opened, Error> {
-        let first = Attempt::begin(opening.request.id, self.boot, opening.first);
-        let (turn, earlier) = store::open(&self.db, self.boot, &opening, &first).await?;
+        let boot = self.boot();
+        let first = Attempt::begin(opening.request.id, boot, opening.first);
+        let (turn, earlier) = store::open(&self.db, boot, &opening, &first).await?;
         Ok(Opened::new(opening.request, turn, earlier, first))
     }
 
@@ -70,7 +75,7 @@ impl Ledger {
     /// Of the statement; then nothing may be sent, and the attempt does not count.
     pub async fn attempt(&self, opened: &mut Opened, next: Try) -> Result<bool, Error> {
         let mut with_next = opened.clone();
-        with_next.begin(Attempt::begin(opened.request().id, self.boot, next));
+        with_next.begin(Attempt::begin(opened.request().id, self.boot(), next));
         let recorded = store::attempt(&self.db, &with_next).await?;
         if recorded {
             *opened = with_next;
@@ -106,13 +111,13 @@ impl Ledger {
 
     /// Takes back, in the background, an opening whose answer was lost: nothing was sent.
     pub fn withdraw(self, request: &Request, tasks: &Tasks) {
-        let request = request.id;
+        let (request, boot) = (request.id, self.boot());
         drop(tasks.spawn("withdraw", async move {
             // Twice: the opening itself may still be on its way when the first finds nothing.
             for pause in [Duration::ZERO, SLOWEST_OPENING] {
                 sleep(pause).await;
                 let mut backoff = Backoff::default();
-                while let Err(error) = store::withdraw(&self.db, self.boot, request).await {
+                while let Err(error) = store::withdraw(&self.db, boot, request).await {
                     if !backoff.pause(&error).await {
                         return;
                     }
@@ -131,6 +136,10 @@ impl Ledger {
         if timeout(FLUSH_TIME, self.log.close()).await.is_err() {
             tracing::warn!("the request log was not written completely; the ledger has it");
         }
+    }
+
+    fn boot(&self) -> BootId {
+        *self.boot.borrow()
     }
 }
 

@@ -1,122 +1,216 @@
-//! This process as a member of the fleet: one incarnation, its heartbeat, and the burial of incarnations that stopped.
+//! This process as a member of the fleet: its incarnations, their heartbeat, and the burial of those that stopped.
 //!
 //! An incarnation is a row of `bridge_replicas` under a random `boot_id`. Its tombstone `dead_at` is set once: by a peer after TTL and grace
-//! without heartbeats, or by itself when it leaves. Turns that a dead incarnation left open are settled by whoever finds them.
+//! without heartbeats, by itself when it leaves, or by the registration of its successor. A process that finds itself buried goes on as
+//! another incarnation; what the old one owned is lost to it. Before a peer may bury us we have stopped to admit turns, by our own clock.
+//!
+//! It knows nothing of leases and turns.
 
+mod step;
 mod store;
 
-use std::time::{Duration, Instant};
-
-pub use self::store::STATEMENTS;
-use crate::{
-    db::{Db, Error},
-    ids::BootId,
-    task::Tasks,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-/// Times of the membership protocol; tests run them at a tenth.
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::{
+    sync::watch,
+    time::{sleep_until, timeout_at},
+};
+
+use self::step::{Answer, Standing};
+pub use self::store::STATEMENTS;
+use crate::{
+    db::{Connection, Db, Error},
+    ids::BootId,
+    task::Tasks,
+    telemetry,
+};
+
+/// Times of the membership protocol.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     /// Between two heartbeats.
     pub heartbeat: Duration,
-    /// How long one heartbeat vouches for us.
+    /// How long one is waited for; then its connection is cut, so that the next does not queue behind it.
+    pub patience: Duration,
+    /// How long one vouches for us with our peers.
     pub ttl: Duration,
+    /// How much earlier we stop to rely on it ourselves.
+    pub margin: Duration,
     /// How much longer peers wait before they bury.
     pub grace: Duration,
 }
 
-impl Default for Timing {
-    fn default() -> Self {
+impl Timing {
+    /// What `serve` uses.
+    pub const FULL: Self = Self {
+        heartbeat: Duration::from_secs(3),
+        patience: Duration::from_secs(2),
+        ttl: Duration::from_secs(15),
+        margin: Duration::from_secs(3),
+        grace: Duration::from_secs(2),
+    };
+
+    /// All times multiplied, for tests.
+    #[must_use]
+    pub fn scaled(self, by: f64) -> Self {
         Self {
-            heartbeat: Duration::from_secs(3),
-            ttl: Duration::from_secs(15),
-            grace: Duration::from_secs(2),
+            heartbeat: self.heartbeat.mul_f64(by),
+            patience: self.patience.mul_f64(by),
+            ttl: self.ttl.mul_f64(by),
+            margin: self.margin.mul_f64(by),
+            grace: self.grace.mul_f64(by),
         }
+    }
+
+    /// How long after sending it a heartbeat lets us admit turns.
+    fn vouched(&self) -> Duration {
+        self.ttl.saturating_sub(self.margin)
     }
 }
 
-/// This incarnation.
+/// Another incarnation that nobody has declared dead, as the last heartbeat saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its id.
+    pub boot: BootId,
+    /// Its name; need not be unique.
+    pub name: String,
+    /// Where it takes turns from peers; none if it takes none.
+    pub endpoint: Option<String>,
+    /// It takes no new work.
+    pub draining: bool,
+    /// Its own heartbeat had not run out.
+    pub alive: bool,
+}
+
+/// What operators see of an incarnation.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listed {
+    /// Its id.
+    pub boot_id: BootId,
+    /// Its name.
+    pub name: String,
+    /// Where it takes turns from peers.
+    pub endpoint: Option<String>,
+    /// When it was registered.
+    pub started_at: Timestamp,
+    /// How long ago its last heartbeat was.
+    pub heartbeat_age_seconds: f64,
+    /// `alive`, `draining`, `silent` (its heartbeat has run out, nobody has buried it) or `dead`.
+    pub state: String,
+}
+
+/// This process in the fleet. Clones share its present incarnation.
 #[derive(Clone, Debug)]
 pub struct Replica {
-    boot: BootId,
     name: String,
+    endpoint: Option<String>,
     timing: Timing,
     db: Db,
+    boot: watch::Sender<BootId>,
+    standing: watch::Sender<Standing>,
+    peers: watch::Sender<Arc<[Peer]>>,
+    draining: Arc<AtomicBool>,
 }
 
 impl Replica {
-    /// Registers a new incarnation.
+    /// Registers the first incarnation. `endpoint` is the URL at which peers reach this process; none if they must not forward to it.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn register(db: &Db, name: &str, timing: Timing) -> Result<Self, Error> {
+    pub async fn register(
+        db: &Db,
+        name: &str,
+        endpoint: Option<String>,
+        timing: Timing,
+    ) -> Result<Self, Error> {
         let replica = Self {
-            boot: BootId::new(),
             name: name.to_owned(),
+            endpoint,
             timing,
             db: db.vital(),
+            boot: watch::Sender::new(BootId::new()),
+            standing: watch::Sender::new(Standing::Dead),
+            peers: watch::Sender::new(Arc::new([])),
+            draining: Arc::default(),
         };
-        store::register(&replica.db, replica.boot, name, timing.ttl).await?;
+        let connection = replica.db.connection().await?;
+        replica.reincarnate(&connection, None).await?;
+        replica.look(&connection).await?;
         Ok(replica)
     }
 
-    /// This incarnation's id.
+    /// The present incarnation's id.
     #[must_use]
     pub fn boot(&self) -> BootId {
-        self.boot
+        *self.boot.borrow()
     }
 
-    /// Sends heartbeats and buries silent peers until the process stops. Ends early only if a peer has buried us.
+    /// The same, followed: it changes when a peer had buried the incarnation before. What that one owned is then no longer ours.
+    #[must_use]
+    pub fn boots(&self) -> watch::Receiver<BootId> {
+        self.boot.subscribe()
+    }
+
+    /// Whether a new leased turn may begin now. If not, sockets are kept, and heartbeats tried on.
+    #[must_use]
+    pub fn admits(&self) -> bool {
+        self.deadline()
+            .is_some_and(|deadline| Instant::now() < deadline)
+    }
+
+    /// Until when new leased turns may begin, if no further heartbeat succeeds; `None` between two incarnations.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.standing.borrow().deadline()
+    }
+
+    /// The other incarnations that nobody has declared dead, as the last heartbeat saw them.
+    #[must_use]
+    pub fn peers(&self) -> Arc<[Peer]> {
+        self.peers.borrow().clone()
+    }
+
+    /// One of them.
+    #[must_use]
+    pub fn peer(&self, boot: BootId) -> Option<Peer> {
+        self.peers
+            .borrow()
+            .iter()
+            .find(|peer| peer.boot == boot)
+            .cloned()
+    }
+
+    /// Sends heartbeats, keeps the view of the peers and buries silent ones until the process stops.
     pub async fn beat(self, tasks: Tasks) {
         let stop = tasks.stopping();
-        // Only a replica whose own heartbeats have had no gap for TTL + grace may bury: a database outage buries nobody.
-        let mut unbroken_since = Instant::now();
+        let mut due = Instant::now() + self.timing.heartbeat;
         while stop
-            .run_until_cancelled(tokio::time::sleep(self.timing.heartbeat))
+            .run_until_cancelled(sleep_until(due.into()))
             .await
             .is_some()
         {
-            match tokio::time::timeout(
-                Duration::from_secs(2),
-                store::beat(&self.db, self.boot, self.timing.ttl),
-            )
-            .await
-            {
-                Ok(Ok(true)) => {}
-                Ok(Ok(false)) => {
-                    tracing::error!(boot_id = %self.boot, replica = self.name, "a peer has declared this replica dead");
-                    return;
-                }
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "no heartbeat");
-                    unbroken_since = Instant::now();
-                    continue;
-                }
-                Err(_) => {
-                    tracing::warn!("no heartbeat within 2 s");
-                    unbroken_since = Instant::now();
-                    continue;
-                }
-            }
-            drop(self.db.learn_time().await);
-            if unbroken_since.elapsed() >= self.timing.ttl + self.timing.grace {
-                match store::bury(&self.db, self.boot, self.timing.grace).await {
-                    Ok(0) => {}
-                    Ok(buried) => {
-                        tracing::warn!(buried, "replicas without heartbeat were declared dead")
-                    }
-                    Err(error) => tracing::warn!(%error, "cannot look for silent replicas"),
-                }
-            }
+            self.round(due).await;
+            // One that came too late is not made up for.
+            due = (due + self.timing.heartbeat).max(Instant::now());
         }
     }
 
-    /// Tells peers that this incarnation takes no new work.
+    /// Tells peers that this process takes no new work.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn drain(&self) -> Result<(), Error> {
-        store::drain(&self.db, self.boot).await
+        self.draining.store(true, Ordering::Release);
+        store::drain(&self.db, self.boot()).await
     }
 
     /// Leaves: what is still owned by this incarnation is free at once.
@@ -124,6 +218,130 @@ impl Replica {
     /// # Errors
     /// If the database cannot be asked; then peers bury it later.
     pub async fn leave(&self) -> Result<(), Error> {
-        store::leave(&self.db, self.boot).await
+        store::leave(&self.db, self.boot()).await
     }
+
+    /// One heartbeat and a look around; where the incarnation is dead, the registration of the next one.
+    async fn round(&self, due: Instant) {
+        let (boot, ttl) = (self.boot(), self.timing.ttl);
+        let mut heard = false;
+        let before = *self.standing.borrow();
+        if before != Standing::Dead {
+            let sent = Instant::now();
+            let answer = self
+                .patiently("heartbeat", async |connection| {
+                    store::beat(connection, boot, ttl).await
+                })
+                .await;
+            heard = answer.is_some();
+            let after = before.after(answer.unwrap_or(Answer::Missing), sent, &self.timing);
+            self.standing.send_replace(after);
+            if after == Standing::Dead {
+                tracing::error!(boot_id = %boot, replica = self.name, "a peer has declared this replica dead");
+                telemetry::count("drawbridge_replica_buried_total");
+            }
+        }
+        if *self.standing.borrow() == Standing::Dead {
+            heard = self
+                .patiently("registration", async |connection| {
+                    self.reincarnate(connection, Some(boot)).await
+                })
+                .await
+                .is_some();
+        }
+        if heard {
+            telemetry::observe("drawbridge_heartbeat_lag_seconds", due.elapsed());
+            self.patiently("look", async |connection| self.look(connection).await)
+                .await;
+        } else {
+            telemetry::count("drawbridge_heartbeats_missed_total");
+        }
+    }
+
+    /// Runs statements on a connection that is cut if they take too long. `None` if they did, or failed.
+    async fn patiently<T>(
+        &self,
+        what: &'static str,
+        work: impl AsyncFnOnce(&Connection) -> Result<T, Error>,
+    ) -> Option<T> {
+        let limit = (Instant::now() + self.timing.patience).into();
+        let connection = timeout_at(limit, self.db.connection()).await;
+        let result = match connection {
+            Ok(Ok(connection)) => match timeout_at(limit, work(&connection)).await {
+                Ok(result) => Ok(result),
+                Err(late) => {
+                    connection.cut();
+                    Err(late)
+                }
+            },
+            Ok(Err(error)) => Ok(Err(error)),
+            Err(late) => Err(late),
+        };
+        match result {
+            Ok(Ok(value)) => return Some(value),
+            Ok(Err(error)) => tracing::warn!(%error, "no {what}"),
+            Err(_) => tracing::warn!("no {what}: the database does not answer in time"),
+        }
+        None
+    }
+
+    /// Becomes another incarnation; `before` is declared dead in the same statement, if nobody has yet.
+    async fn reincarnate(
+        &self,
+        connection: &Connection,
+        before: Option<BootId>,
+    ) -> Result<(), Error> {
+        let (boot, sent) = (BootId::new(), Instant::now());
+        let new = store::New {
+            boot,
+            name: &self.name,
+            endpoint: self.endpoint.as_deref(),
+            ttl: self.timing.ttl,
+            draining: self.draining.load(Ordering::Acquire),
+            before,
+        };
+        store::register(connection, new).await?;
+        tracing::info!(boot_id = %boot, replica = self.name, "registered");
+        // In this order: nothing is admitted in the name of the one before.
+        self.boot.send_replace(boot);
+        self.standing
+            .send_replace(Standing::registered(sent, &self.timing));
+        Ok(())
+    }
+
+    /// Learns of the peers and of the database's time, and buries who has been silent for too long.
+    async fn look(&self, connection: &Connection) -> Result<(), Error> {
+        self.db.clock().learn(connection).await?;
+        let may_bury = self
+            .standing
+            .borrow()
+            .may_bury(Instant::now(), &self.timing);
+        if may_bury {
+            let buried = store::bury(connection, self.boot(), self.timing.grace).await?;
+            if buried > 0 {
+                tracing::warn!(buried, "replicas without heartbeat were declared dead");
+            }
+        }
+        let peers = store::peers(connection, self.boot()).await?;
+        let alive = peers.iter().filter(|peer| peer.alive).count();
+        telemetry::set("drawbridge_peers_alive", alive as u64);
+        self.peers.send_replace(peers.into());
+        Ok(())
+    }
+}
+
+/// Every incarnation that is not forgotten yet, the newest first.
+///
+/// # Errors
+/// If the database cannot be asked.
+pub async fn list(db: &Db, timing: Timing) -> Result<Vec<Listed>, Error> {
+    store::list(db, timing.ttl).await
+}
+
+/// Forgets incarnations that have been dead for longer than `age`; yields how many. Their leases turn free.
+///
+/// # Errors
+/// If the database cannot be asked.
+pub async fn prune(db: &Db, age: Duration) -> Result<u64, Error> {
+    store::prune(db, age).await
 }

@@ -96,12 +96,17 @@ impl Server {
         let phase = Phase::default();
         db.learn_time().await?;
         let bus = Bus::connect(&db).await?;
-        let replica = Replica::register(&db, &config.replica_name, Timing::default()).await?;
+        let endpoint = config
+            .internal
+            .as_ref()
+            .map(|internal| internal.endpoint(internal.listen));
+        let timing = Timing::FULL.scaled(config.time_scale);
+        let replica = Replica::register(&db, &config.replica_name, endpoint, timing).await?;
         let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
         let sticky = Sticky::new(db.clone());
         let quota = Quota::load(&db, &bus, &tasks).await?;
         let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
-        let ledger = Ledger::new(db.clone(), replica.boot(), &tasks);
+        let ledger = Ledger::new(db.clone(), replica.boots(), &tasks);
         let upstream =
             Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
         let engine = turn::Engine::new(
@@ -114,7 +119,14 @@ impl Server {
         );
         tasks.essential("bus", bus.run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
-        jobs::start(&tasks, &ledger, &sticky, &upstream, config.retention_days);
+        jobs::start(
+            &tasks,
+            &db,
+            &ledger,
+            &sticky,
+            &upstream,
+            config.retention_days,
+        );
 
         let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
         let state = Arc::new(ingress::State {

@@ -109,3 +109,8 @@ pub fn count(name: &'static str) {
 pub fn set(name: &'static str, value: u64) {
     gauge!(name).set(value as f64);
 }
+
+/// A duration of something with a fixed name, which ends in `_seconds`.
+pub fn observe(name: &'static str, time: Duration) {
+    histogram!(name).record(time);
+}

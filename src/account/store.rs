@@ -289,7 +289,7 @@ pub(super) async fn delete(tx: &Connection, id: AccountId) -> Result<bool, Error
 pub(super) async fn save_models(db: &Db, id: AccountId, models: &Value) -> Result<(), Error> {
     let tx = db.begin().await?;
     if tx.exec(&SAVE_MODELS, &[&id, models]).await? == 1 {
-        bus::bump(&tx, &[Topic::Models]).await?;
+        return bus::commit(tx, &[Topic::Models]).await;
     }
     tx.commit().await
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Grants, store, text};
 use crate::{
-    bus::{Topic, bump},
+    bus::{self, Topic},
     db::{self, Db},
     ids::{ApiKeyId, ScopeId},
     secret::Pepper,
@@ -105,8 +105,7 @@ pub async fn create(db: &Db, pepper: &Pepper, new: &NewKey) -> Result<Created, E
     let key = store::create(&tx, ApiKeyId::new(), new, &hash, prefix(&secret))
         .await?
         .ok_or(Error::NotFound)?;
-    bump(&tx, &[Topic::ApiKeys]).await?;
-    tx.commit().await?;
+    bus::commit(tx, &[Topic::ApiKeys]).await?;
     Ok(Created { key, secret })
 }
 
@@ -123,8 +122,7 @@ pub async fn rotate(db: &Db, pepper: &Pepper, id: ApiKeyId) -> Result<Created, E
     if key.revoked_at.is_some() {
         return Err(Error::Revoked);
     }
-    bump(&tx, &[Topic::ApiKeys]).await?;
-    tx.commit().await?;
+    bus::commit(tx, &[Topic::ApiKeys]).await?;
     Ok(Created { key, secret })
 }
 
@@ -135,8 +133,7 @@ pub async fn rotate(db: &Db, pepper: &Pepper, id: ApiKeyId) -> Result<Created, E
 pub async fn revoke(db: &Db, id: ApiKeyId) -> Result<Listed, Error> {
     let tx = db.begin().await?;
     let key = store::revoke(&tx, id).await?.ok_or(Error::NotFound)?;
-    bump(&tx, &[Topic::ApiKeys]).await?;
-    tx.commit().await?;
+    bus::commit(tx, &[Topic::ApiKeys]).await?;
     Ok(key)
 }
 

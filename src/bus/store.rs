@@ -4,7 +4,7 @@ use tokio_postgres::Client;
 
 use super::Topic;
 use crate::{
-    db::{Connection, Db, Error},
+    db::{Db, Error, Tx},
     statements,
 };
 
@@ -36,13 +36,14 @@ pub(super) async fn read(db: &Db) -> Result<Vec<(Topic, i64)>, Error> {
     Ok(versions)
 }
 
-/// Announces changes: the last statement of the transaction that made them.
+/// Ends a transaction that changed what others cache: the bump is its last statement.
 ///
 /// # Errors
-/// Of the statement.
-pub async fn bump(connection: &Connection, topics: &[Topic]) -> Result<(), Error> {
+/// Of the statement, or as [`Tx::commit`].
+pub async fn commit(tx: Tx, topics: &[Topic]) -> Result<(), Error> {
     let names: Vec<&str> = topics.iter().map(|topic| topic.name()).collect();
-    connection.all(&BUMP, &[&names]).await.map(drop)
+    tx.all(&BUMP, &[&names]).await?;
+    tx.commit_and_announce().await
 }
 
 /// Subscribes a dedicated connection and sends the probe.

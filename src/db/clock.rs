@@ -34,7 +34,11 @@ impl Clock {
         local().saturating_add(offset).unwrap_or(Timestamp::MAX)
     }
 
-    pub(super) async fn learn(&self, connection: &Connection) -> Result<(), Error> {
+    /// Reads the database's time on a given connection and keeps the offset.
+    ///
+    /// # Errors
+    /// Of the statement.
+    pub async fn learn(&self, connection: &Connection) -> Result<(), Error> {
         let sent = Instant::now();
         let there: Timestamp = connection.one(&NOW, &[]).await?.try_get(0)?;
         let here = local();

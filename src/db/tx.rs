@@ -2,10 +2,15 @@
 
 use std::ops::Deref;
 
+use tokio::sync::watch;
+
 use super::{Connection, Error, Stmt};
 
 /// An open transaction. Dropping it closes its connection, which makes the server roll back.
-pub struct Tx(Option<Connection>);
+pub struct Tx {
+    connection: Option<Connection>,
+    announced: watch::Sender<()>,
+}
 
 static BEGIN: Stmt = Stmt {
     name: "db.BEGIN",
@@ -19,8 +24,14 @@ static COMMIT: Stmt = Stmt {
 };
 
 impl Tx {
-    pub(super) async fn begin(connection: Connection) -> Result<Self, Error> {
-        let tx = Self(Some(connection));
+    pub(super) async fn begin(
+        connection: Connection,
+        announced: watch::Sender<()>,
+    ) -> Result<Self, Error> {
+        let tx = Self {
+            connection: Some(connection),
+            announced,
+        };
         tx.exec(&BEGIN, &[]).await?;
         Ok(tx)
     }
@@ -31,7 +42,18 @@ impl Tx {
     /// If the server could not commit, or its answer was lost: then the work may or may not be durable.
     pub async fn commit(mut self) -> Result<(), Error> {
         self.exec(&COMMIT, &[]).await?;
-        self.0 = None;
+        self.connection = None;
+        Ok(())
+    }
+
+    /// As [`Tx::commit`]; then [`Db::announced`](super::Db::announced) tells this process that there is something to tell.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub async fn commit_and_announce(self) -> Result<(), Error> {
+        let announced = self.announced.clone();
+        self.commit().await?;
+        announced.send_replace(());
         Ok(())
     }
 }
@@ -40,7 +62,7 @@ impl Deref for Tx {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        self.0
+        self.connection
             .as_ref()
             .expect("the connection is taken only by `commit`, which consumes")
     }
@@ -48,8 +70,8 @@ impl Deref for Tx {
 
 impl Drop for Tx {
     fn drop(&mut self) {
-        if let Some(Connection(object)) = self.0.take() {
-            drop(deadpool_postgres::Object::take(object));
+        if let Some(connection) = self.connection.take() {
+            connection.cut();
         }
     }
 }

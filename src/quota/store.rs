@@ -117,8 +117,7 @@ pub(super) async fn save(db: &Db, Rows { windows, blocks }: &Rows) -> Result<(),
         ];
         tx.exec(&SAVE_BLOCKS, &params).await?;
     }
-    bus::bump(&tx, &[Topic::Quota]).await?;
-    tx.commit().await
+    bus::commit(tx, &[Topic::Quota]).await
 }
 
 fn column<'a, Row, Value>(rows: &'a [Row], value: impl Fn(&'a Row) -> Value) -> Vec<Value> {

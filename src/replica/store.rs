@@ -2,54 +2,122 @@
 
 use std::time::Duration;
 
+use super::{Listed, Peer, step::Answer};
 use crate::{
-    db::{Db, Error},
+    db::{Connection, Db, Error},
     ids::BootId,
     statements,
 };
 
 statements! { "replica";
-    /// A fresh random key: no race.
-    REGISTER: [UUID, TEXT, FLOAT8] = "
-        insert into bridge_replicas (boot_id, replica_name, expires_at)
-        values ($1, $2, clock_timestamp() + make_interval(secs => $3))";
+    /// A fresh random key: no race. The tombstone of the incarnation before is set with it, so that no two of one process ever live.
+    REGISTER: [UUID, TEXT, TEXT, FLOAT8, BOOL, UUID] = "
+        with before as (update bridge_replicas set dead_at = clock_timestamp() where boot_id = $6 and dead_at is null)
+        insert into bridge_replicas (boot_id, replica_name, endpoint_url, expires_at, draining_at)
+        values ($1, $2, $3, clock_timestamp() + make_interval(secs => $4), case when $5 then clock_timestamp() end)";
 
-    /// Serialises with BURY on the row. Late is fine while unburied; no row means dead.
+    /// Serialises with BURY on the row. Late is fine while unburied, and told; no row means dead.
     BEAT: [UUID, FLOAT8] = "
-        update bridge_replicas set expires_at = clock_timestamp() + make_interval(secs => $2)
-        where boot_id = $1 and dead_at is null";
+        update bridge_replicas r set expires_at = clock_timestamp() + make_interval(secs => $2)
+        from bridge_replicas before
+        where r.boot_id = $1 and before.boot_id = r.boot_id and r.dead_at is null
+        returning before.expires_at < clock_timestamp()";
 
     /// `dead_at` is monotone: once set, BEAT finds nothing.
     BURY: [UUID, FLOAT8] = "
         update bridge_replicas set dead_at = clock_timestamp()
         where boot_id <> $1 and dead_at is null and expires_at + make_interval(secs => $2) <= clock_timestamp()";
 
+    /// A plain read: a view of the moment, to act on without a query; decides nothing.
+    PEERS: [UUID] = "
+        select boot_id, replica_name, endpoint_url, draining_at is not null, expires_at > clock_timestamp()
+        from bridge_replicas where dead_at is null and boot_id <> $1";
+
     /// Information for peers; decides nothing.
     DRAIN: [UUID] = "update bridge_replicas set draining_at = clock_timestamp() where boot_id = $1 and draining_at is null";
 
     /// Our own tombstone.
     LEAVE: [UUID] = "update bridge_replicas set dead_at = clock_timestamp() where boot_id = $1 and dead_at is null";
+
+    /// A plain read, for people. The age of the heartbeat is what is missing of the TTL.
+    LIST: [FLOAT8] = "
+        select boot_id, replica_name, endpoint_url, started_at,
+            extract(epoch from clock_timestamp() - expires_at)::float8 + $1,
+            case when dead_at is not null then 'dead' when expires_at <= clock_timestamp() then 'silent'
+                 when draining_at is not null then 'draining' else 'alive' end
+        from bridge_replicas order by started_at desc, boot_id";
+
+    /// Tombstones are monotone, so what is chosen stays prunable; replicas that prune at once share the rows between them. Nobody who
+    /// holds a lease row waits for the row of a dead replica, so the foreign key's `set null` cannot deadlock.
+    PRUNE: [FLOAT8] = "
+        delete from bridge_replicas where boot_id in (
+            select boot_id from bridge_replicas where dead_at < clock_timestamp() - make_interval(secs => $1)
+            limit 1000 for update skip locked)";
 }
 
-pub(super) async fn register(
-    db: &Db,
-    boot: BootId,
-    name: &str,
-    ttl: Duration,
-) -> Result<(), Error> {
-    db.exec(&REGISTER, &[&boot, &name, &ttl.as_secs_f64()])
+/// What a new incarnation says of itself.
+pub(super) struct New<'a> {
+    pub(super) boot: BootId,
+    pub(super) name: &'a str,
+    pub(super) endpoint: Option<&'a str>,
+    pub(super) ttl: Duration,
+    pub(super) draining: bool,
+    /// The incarnation of this process that it follows.
+    pub(super) before: Option<BootId>,
+}
+
+pub(super) async fn register(connection: &Connection, new: New<'_>) -> Result<(), Error> {
+    let ttl = new.ttl.as_secs_f64();
+    connection
+        .exec(
+            &REGISTER,
+            &[
+                &new.boot,
+                &new.name,
+                &new.endpoint,
+                &ttl,
+                &new.draining,
+                &new.before,
+            ],
+        )
         .await
         .map(drop)
 }
 
-pub(super) async fn beat(db: &Db, boot: BootId, ttl: Duration) -> Result<bool, Error> {
-    db.exec(&BEAT, &[&boot, &ttl.as_secs_f64()])
-        .await
-        .map(|rows| rows == 1)
+pub(super) async fn beat(
+    connection: &Connection,
+    boot: BootId,
+    ttl: Duration,
+) -> Result<Answer, Error> {
+    let row = connection.opt(&BEAT, &[&boot, &ttl.as_secs_f64()]).await?;
+    Ok(match row.map(|row| row.try_get(0)).transpose()? {
+        Some(false) => Answer::InTime,
+        Some(true) => Answer::Late,
+        None => Answer::Buried,
+    })
 }
 
-pub(super) async fn bury(db: &Db, me: BootId, grace: Duration) -> Result<u64, Error> {
-    db.exec(&BURY, &[&me, &grace.as_secs_f64()]).await
+pub(super) async fn bury(
+    connection: &Connection,
+    me: BootId,
+    grace: Duration,
+) -> Result<u64, Error> {
+    connection.exec(&BURY, &[&me, &grace.as_secs_f64()]).await
+}
+
+pub(super) async fn peers(connection: &Connection, me: BootId) -> Result<Vec<Peer>, Error> {
+    let rows = connection.all(&PEERS, &[&me]).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Peer {
+                boot: row.try_get(0)?,
+                name: row.try_get(1)?,
+                endpoint: row.try_get(2)?,
+                draining: row.try_get(3)?,
+                alive: row.try_get(4)?,
+            })
+        })
+        .collect()
 }
 
 pub(super) async fn drain(db: &Db, boot: BootId) -> Result<(), Error> {
@@ -58,4 +126,24 @@ pub(super) async fn drain(db: &Db, boot: BootId) -> Result<(), Error> {
 
 pub(super) async fn leave(db: &Db, boot: BootId) -> Result<(), Error> {
     db.exec(&LEAVE, &[&boot]).await.map(drop)
+}
+
+pub(super) async fn list(db: &Db, ttl: Duration) -> Result<Vec<Listed>, Error> {
+    let rows = db.all(&LIST, &[&ttl.as_secs_f64()]).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Listed {
+                boot_id: row.try_get(0)?,
+                name: row.try_get(1)?,
+                endpoint: row.try_get(2)?,
+                started_at: row.try_get(3)?,
+                heartbeat_age_seconds: row.try_get(4)?,
+                state: row.try_get(5)?,
+            })
+        })
+        .collect()
+}
+
+pub(super) async fn prune(db: &Db, age: Duration) -> Result<u64, Error> {
+    db.exec(&PRUNE, &[&age.as_secs_f64()]).await
 }

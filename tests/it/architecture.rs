@@ -43,7 +43,9 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     (
         "jobs",
-        &["task", "account", "quota", "ledger", "upstream", "turn"],
+        &[
+            "task", "db", "account", "quota", "ledger", "replica", "upstream", "turn",
+        ],
     ),
     ("server", ANY),
     ("cli", ANY),

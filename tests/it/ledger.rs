@@ -18,6 +18,7 @@ use drawbridge::{
     task::Tasks,
 };
 use jiff::{SignedDuration, Timestamp};
+use tokio::sync::watch;
 use tokio_postgres::Client;
 
 use crate::support::store::Store;
@@ -33,7 +34,10 @@ async fn replica(store: &Store) -> (Ledger, BootId) {
         )
         .await
         .unwrap();
-    (Ledger::new(store.db.clone(), boot, &Tasks::new()), boot)
+    (
+        Ledger::new(store.db.clone(), watch::channel(boot).1, &Tasks::new()),
+        boot,
+    )
 }
 
 async fn bury(client: &Client, boot: BootId) {

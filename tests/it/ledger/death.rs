@@ -12,6 +12,7 @@ use drawbridge::{
     task::Tasks,
 };
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use tokio::sync::watch;
 
 use super::{
     agreed, bury, ended, open, opening, reconcile, replica, reported, settlement, text, to,
@@ -26,7 +27,11 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
         let (dead, boot) = replica(&store).await;
         let (one, _) = replica(&store).await;
         let (other, _) = replica(&store).await;
-        let unknown = Ledger::new(store.db.clone(), BootId::new(), &Tasks::new());
+        let unknown = Ledger::new(
+            store.db.clone(),
+            watch::channel(BootId::new()).1,
+            &Tasks::new(),
+        );
         let scope = ScopeId::new();
         let mut late = open(&dead, scope, "a").await;
         for _ in 0..300 {
@@ -241,7 +246,7 @@ async fn killed_at_any_moment_the_ledger_has_every_attempt_that_upstream_saw_and
             let (db, seed) = (store.another(), seeds.random::<u64>());
             let seen = Arc::clone(&upstream);
             process.spawn(async move {
-                let victim = Ledger::new(db, boot, &Tasks::new());
+                let victim = Ledger::new(db, watch::channel(boot).1, &Tasks::new());
                 let turns = (0..12).map(|index| {
                     let mut rng = StdRng::seed_from_u64(seed ^ index);
                     let (victim, upstream) = (&victim, &seen);
