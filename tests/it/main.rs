@@ -20,6 +20,7 @@ mod limits;
 mod logins;
 mod process;
 mod quota;
+mod replicas;
 mod statements;
 mod support;
 mod websocket;

@@ -1,5 +1,6 @@
 //! What the tests stand on.
 
+pub(crate) mod chaos;
 pub(crate) mod codex;
 pub(crate) mod codex_socket;
 pub(crate) mod house;

@@ -1,9 +1,10 @@
 //! The migrated database of a test, as a store sees it.
 
 use drawbridge::db::{Db, Endpoint, migrate};
+use reqwest::Url;
 use tokio_postgres::Client;
 
-use super::{pg::TestDb, pgbouncer::PgBouncer};
+use super::{chaos::Chaos, pg::TestDb, pgbouncer::PgBouncer};
 
 /// A database with its schema, reached in one of two ways.
 pub(crate) struct Store {
@@ -14,7 +15,7 @@ pub(crate) struct Store {
     pooled: Endpoint,
     direct: Endpoint,
     _pooler: Option<PgBouncer>,
-    _test: TestDb,
+    test: TestDb,
 }
 
 impl Store {
@@ -36,6 +37,17 @@ impl Store {
         Db::new(&self.pooled, &self.direct).unwrap()
     }
 
+    /// The same database as a process reaches it behind a network of its own.
+    pub(crate) async fn behind_chaos(&self) -> (Db, Chaos) {
+        let mut url: Url = self.test.url.parse().unwrap();
+        let server = url.socket_addrs(|| Some(5432)).unwrap()[0];
+        let chaos = Chaos::before(server).await;
+        url.set_host(Some("127.0.0.1")).unwrap();
+        url.set_port(Some(chaos.address.port())).unwrap();
+        let endpoint = Endpoint::parse(url.as_str()).unwrap();
+        (Db::new(&endpoint, &endpoint).unwrap(), chaos)
+    }
+
     async fn open(pooler: Option<PgBouncer>) -> Self {
         let test = TestDb::migrated(async |url| {
             migrate(&Endpoint::parse(&url).unwrap()).await.unwrap();
@@ -52,7 +64,7 @@ impl Store {
             pooled,
             direct,
             _pooler: pooler,
-            _test: test,
+            test,
         }
     }
 }
