@@ -15,9 +15,9 @@ demo:
 	$(CARGO) build --quiet --release --workspace
 	@target/release/loadtest demo --drawbridge target/release/drawbridge
 
-## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer and the Codex CLI
+## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer, Redis and the Codex CLI
 test: check
-	@scripts/install-tools postgres pgbouncer codex
+	@scripts/install-tools postgres pgbouncer redis codex
 	$(CARGO) test --workspace --quiet
 
 ## check: formatting, lints and documentation

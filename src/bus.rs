@@ -1,17 +1,30 @@
 //! Tells every replica that something it caches has changed. The bus carries versions, never meaning: a listener re-reads its own data.
 //!
 //! The truth is `bus_versions(topic, version)`, bumped by the last statement of the writing transaction ([`commit`]). `LISTEN` makes
-//! listeners hear of it at once; a poll underneath makes them hear of it anyway. A lost, late, repeated or forged hint changes nothing but
-//! the delay, which is at most 1 s with LISTEN and 2.5 s by poll alone.
+//! listeners hear of it at once, and Redis where LISTEN does not work; a poll underneath makes them hear of it anyway. A lost, late,
+//! repeated or forged hint changes nothing but the delay, which is at most 1 s with LISTEN or Redis and 2.5 s by poll alone.
 
+mod redis;
 mod store;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
 use tokio_postgres::AsyncMessage;
 
-pub use self::store::{STATEMENTS, commit};
+pub use self::{
+    redis::Redis,
+    store::{STATEMENTS, commit},
+};
 use crate::{
     db::{Db, Error},
     task::Tasks,
@@ -46,9 +59,12 @@ impl Topic {
     }
 }
 
-/// Poll under a working LISTEN, and alone.
+/// Poll under a working LISTEN or Redis, and alone.
 const POLL: Duration = Duration::from_secs(2);
 const POLL_ALONE: Duration = Duration::from_millis(500);
+/// Until LISTEN is tried again: where it does not work, and where its connection was lost.
+const LISTEN_ANEW: Duration = Duration::from_secs(60);
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// How an attempt to listen ended.
 enum Listened {
@@ -62,6 +78,8 @@ enum Listened {
 #[derive(Clone, Debug)]
 pub struct Bus {
     versions: watch::Sender<[i64; Topic::ALL.len()]>,
+    /// Redis is connected.
+    hurried: Arc<AtomicBool>,
     db: Db,
 }
 
@@ -96,6 +114,7 @@ impl Bus {
     pub async fn connect(db: &Db) -> Result<Self, Error> {
         let bus = Self {
             versions: watch::Sender::new([0; Topic::ALL.len()]),
+            hurried: Arc::default(),
             db: db.clone(),
         };
         bus.refresh().await?;
@@ -145,25 +164,26 @@ impl Bus {
     async fn follow(&self) {
         let mut warned = false;
         loop {
-            // Between two tries to listen, changes are polled: briefly after a lost connection, for long where LISTEN does not work.
-            let polls = match self.listen().await {
+            let again = match self.listen().await {
                 Ok(Listened::Unheard) => {
                     if !warned {
                         warned = true;
                         tracing::warn!(
-                            "the database delivers no notifications (DRAWBRIDGE_DATABASE_DIRECT_URL is a pooler?); polling every 500 ms"
+                            "the database delivers no notifications (DRAWBRIDGE_DATABASE_DIRECT_URL is a pooler?); versions are polled"
                         );
                     }
-                    120
+                    LISTEN_ANEW
                 }
-                Ok(Listened::Lost) => 2,
+                Ok(Listened::Lost) => LISTEN_AGAIN,
                 Err(error) => {
                     tracing::debug!(%error, "cannot listen");
-                    2
+                    LISTEN_AGAIN
                 }
             };
-            for _ in 0..polls {
-                tokio::time::sleep(POLL_ALONE).await;
+            let again = Instant::now() + again;
+            while Instant::now() < again {
+                let hurried = self.hurried.load(Ordering::Relaxed);
+                sleep(if hurried { POLL } else { POLL_ALONE }).await;
                 self.poll().await;
             }
         }

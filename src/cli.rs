@@ -17,6 +17,7 @@ use clap::{Parser, Subcommand};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::{
+    bus::Redis,
     config::{self, Config, Database, MasterKeys, Settings},
     db::{Db, Endpoint, Installation, OpenError, embedded::Cluster, migrate},
     replica::Timing,
@@ -243,7 +244,14 @@ async fn with_context(
         installation,
         json,
     };
+    let announced = context.db.announced();
     let result = work(&context).await;
+    if let Some(url) = &config.redis
+        && announced.has_changed().unwrap_or(false)
+    {
+        let redis = Redis::new(&url.0).context("DRAWBRIDGE_REDIS_URL")?;
+        redis.tell(&context.db).await;
+    }
     context.db.close();
     data.close().await;
     result

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     account::{Accounts, sticky::Sticky},
     api_key::ApiKeys,
-    bus::Bus,
+    bus::{Bus, Redis},
     config::{Config, Drain},
     db::{Db, Installation},
     ingress, jobs,
@@ -117,6 +117,10 @@ impl Server {
             ledger.clone(),
             &tasks,
         );
+        if let Some(url) = &config.redis {
+            let redis = Redis::new(&url.0).context("DRAWBRIDGE_REDIS_URL")?;
+            tasks.essential("redis", bus.clone().over_redis(redis, tasks.clone()));
+        }
         tasks.essential("bus", bus.run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
         jobs::start(

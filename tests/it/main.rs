@@ -9,6 +9,7 @@ mod accounts;
 mod accounts_command;
 mod architecture;
 mod bad_input;
+mod bus;
 mod codex;
 mod credentials;
 mod documents;

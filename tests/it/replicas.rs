@@ -5,7 +5,6 @@
 )]
 
 use std::{
-    future::Future,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -17,12 +16,9 @@ use drawbridge::{
     task::Tasks,
 };
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
-use crate::support::{process::Home, store::Store};
-
-/// For whatever is waited for.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::support::{process::Home, store::Store, wait::until};
 
 fn timing() -> Timing {
     Timing::FULL.scaled(0.1)
@@ -49,15 +45,6 @@ impl Beating {
 impl Drop for Beating {
     fn drop(&mut self) {
         self.tasks.stop();
-    }
-}
-
-/// Waits until something holds.
-async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds().await {
-        assert!(Instant::now() < deadline, "never: {what}");
-        sleep(Duration::from_millis(10)).await;
     }
 }
 

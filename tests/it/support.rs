@@ -7,4 +7,6 @@ pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;
 pub(crate) mod process;
+pub(crate) mod redis;
 pub(crate) mod store;
+pub(crate) mod wait;

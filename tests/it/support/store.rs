@@ -37,6 +37,13 @@ impl Store {
         Db::new(&self.pooled, &self.direct).unwrap()
     }
 
+    /// Through a pooler, for a process that knows no other way.
+    pub(crate) async fn pooled_alone() -> (Self, Db) {
+        let store = Self::open(Some(PgBouncer::start().await)).await;
+        let db = Db::new(&store.pooled, &store.pooled).unwrap();
+        (store, db)
+    }
+
     /// The same database as a process reaches it behind a network of its own.
     pub(crate) async fn behind_chaos(&self) -> (Db, Chaos) {
         let mut url: Url = self.test.url.parse().unwrap();
