@@ -109,6 +109,14 @@ impl KeyRing {
         &self.current().id
     }
 
+    /// A key for one purpose under each master key, with that one's one-byte id; the current one first.
+    #[must_use]
+    pub fn derived(&self, purpose: &str) -> Vec<(u8, [u8; 32])> {
+        let keys = self.0.iter();
+        keys.map(|key| (key.short_id(), derive(&key.root, purpose)))
+            .collect()
+    }
+
     /// Seals `plain` for one place.
     #[must_use]
     pub fn seal(&self, place: Place<'_>, plain: &[u8]) -> Vec<u8> {
