@@ -26,7 +26,10 @@ pub use self::{
     attempt::{Attempt, End, Metered, Totals, Try},
     store::STATEMENTS,
     sweep::{Reconciliation, Side},
-    turn::{Answer, Opened, Opening, Outcome, Request, Settlement, Sticky},
+    turn::{
+        Answer, Booked, Bridge, Fence, NotOpened, Opened, Opening, Outcome, Request, Settlement,
+        Snapshot, Sticky,
+    },
 };
 use crate::{
     db::{Class, Db, Error},
@@ -58,15 +61,16 @@ impl Ledger {
     }
 
     /// Reserves: opens the turn, with its first attempt, before anything is sent. A request that repeats one which did not complete reopens
-    /// that turn.
+    /// that turn. With a lease, the reservation and the lease's fence are one fact.
     ///
     /// # Errors
-    /// Of the statement; then nothing may be sent, and [`Ledger::withdraw`] takes back what may have been written.
-    pub async fn open(&self, opening: Opening) -> Result<Opened, Error> {
+    /// [`NotOpened`]: nothing may be sent. After [`NotOpened::Db`], [`Ledger::withdraw`] takes back what may have been written.
+    pub async fn open(&self, opening: Opening) -> Result<Opened, NotOpened> {
         let boot = self.boot();
         let first = Attempt::begin(opening.request.id, boot, opening.first);
-        let (turn, earlier) = store::open(&self.db, boot, &opening, &first).await?;
-        Ok(Opened::new(opening.request, turn, earlier, first))
+        let opened = store::open(&self.db, boot, &opening, &first).await?;
+        let (turn, earlier) = opened.ok_or(NotOpened::Fenced)?;
+        Ok(Opened::new(opening, turn, earlier, first))
     }
 
     /// Records a further attempt, before anything of it is sent. False if the turn is no longer ours: nothing may be sent.
@@ -83,12 +87,11 @@ impl Ledger {
         Ok(recorded)
     }
 
-    /// Books the turn (one try). An attempt that has not ended counts as cut. True if this call booked it; false if it was booked before: by
-    /// a call whose reply was lost, or by the sweep, as lost.
+    /// Books the turn (one try), moves its lease's head and keeps its snapshot. An attempt that has not ended counts as cut.
     ///
     /// # Errors
     /// Of the statement; whether it was booked is then unknown, and repeating is safe.
-    pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<bool, Error> {
+    pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<Booked, Error> {
         let opened = opened.closed();
         let booked = store::settle(&self.db, &opened, settlement).await?;
         // Also when it was booked before: the log ignores what it has.
@@ -110,14 +113,14 @@ impl Ledger {
     }
 
     /// Takes back, in the background, an opening whose answer was lost: nothing was sent.
-    pub fn withdraw(self, request: &Request, tasks: &Tasks) {
+    pub fn withdraw(self, request: &Request, fence: Option<Fence>, tasks: &Tasks) {
         let (request, boot) = (request.id, self.boot());
         drop(tasks.spawn("withdraw", async move {
             // Twice: the opening itself may still be on its way when the first finds nothing.
             for pause in [Duration::ZERO, SLOWEST_OPENING] {
                 sleep(pause).await;
                 let mut backoff = Backoff::default();
-                while let Err(error) = store::withdraw(&self.db, boot, request).await {
+                while let Err(error) = store::withdraw(&self.db, boot, request, fence).await {
                     if !backoff.pause(&error).await {
                         return;
                     }

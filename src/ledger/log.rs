@@ -50,6 +50,8 @@ pub(super) struct Entry {
     pub(super) status: Option<u16>,
     pub(super) outcome: Cow<'static, str>,
     pub(super) reason: Option<Cow<'static, str>>,
+    pub(super) bridge_outcome: Option<Cow<'static, str>>,
+    pub(super) bridge_reason: Option<Cow<'static, str>>,
     pub(super) error_code: Option<String>,
     pub(super) attempts: i32,
     pub(super) input_tokens: i64,
@@ -91,6 +93,8 @@ impl Entry {
             status: Some(answer.status),
             outcome: answer.outcome.as_str().into(),
             reason: answer.reason.map(Into::into),
+            bridge_outcome: answer.bridge.map(|bridge| bridge.outcome.into()),
+            bridge_reason: answer.bridge.map(|bridge| bridge.reason.into()),
             error_code: answer
                 .error_code
                 .as_deref()

@@ -2,13 +2,13 @@
 
 use std::{borrow::Cow, time::Duration};
 
-use tokio_postgres::types::Json;
+use tokio_postgres::{Row, types::Json};
 
 use super::{
     attempt::{Attempt, millis},
     log::Entry,
     sweep::{Found, Lost, Range, Reconciliation, Side},
-    turn::{Opened, Opening, Settlement},
+    turn::{Booked, Fence, NotOpened, Opened, Opening, Settlement},
 };
 use crate::{
     db::{Db, Error, LockClass},
@@ -19,46 +19,74 @@ use crate::{
 /// Columns of `request_log` that an entry fills.
 macro_rules! log_columns {
     () => {
-        "day, turn_id, request_id, scope_id, api_key_id, account_id, route, transport, model, status, outcome, reason, error_code, \
-         attempts, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, cost_nanodollars, estimated, first_event_ms, \
+        "day, turn_id, request_id, scope_id, api_key_id, account_id, route, transport, model, status, outcome, reason, bridge_outcome, \
+         bridge_reason, error_code, attempts, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, cost_nanodollars, estimated, first_event_ms, \
          total_ms, user_agent, explanation"
     };
 }
 
 statements! { "ledger";
-    /// Two racing retries lock the same row: the second waits, finds it open again, and becomes a turn of its own, as does a request whose
-    /// predecessor still runs. The row's previous sums stay until it is settled again. A fresh id cannot conflict.
-    OPEN: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB] = "
-        with newest as (
-            select turn_id from turns where scope_id = $2 and client_turn_id = $4 order by turn_id desc limit 1
+    /// BEGIN, the only gate to an upstream send. With a lease ($11) the fence and the reservation are one fact: both or none. Without, it is
+    /// the plain insert. Two racing retries lock the same row: the second waits, finds it open again, and becomes a turn of its own, as does
+    /// a request whose predecessor still runs. The row's previous sums stay until it is settled again. `turns_request` is unique, so one
+    /// request begins once, on whichever replica.
+    OPEN: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8] = "
+        with fenced as (
+            update http_bridge_leases set busy_turn = $1, busy_since = clock_timestamp(), turn_seq = turn_seq + 1, account_id = $9,
+                last_turn_at = clock_timestamp()
+            where lease_id = $11 and scope_id = $2 and generation = $12 and owner_boot = $5 and busy_turn is null
+            returning lease_id
+        ), mine as (
+            select where $11::uuid is null or exists (select from fenced)
+        ), newest as (
+            select turn_id from mine, turns where scope_id = $2 and client_turn_id = $4 order by turn_id desc limit 1
         ), reopened as (
             update turns t set state = 'open', request_id = $1, api_key_id = $3, boot_id = $5, route = $6, transport = $7, model = $8,
                 account_id = $9, attempts = t.attempts || $10, requests = t.requests + 1, outcome = null, reason = null,
-                response_id = null, opened_at = clock_timestamp(), settled_at = null
+                response_id = null, lease_id = $11, generation = $12, opened_at = clock_timestamp(), settled_at = null
             from newest
             where t.turn_id = newest.turn_id and t.state <> 'open' and t.outcome <> 'completed' and t.requests < 32
             returning t.turn_id, t.attempts
         ), inserted as (
-            insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
-            select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where not exists (select from reopened)
+            insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id,
+                attempts, lease_id, generation)
+            select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12 from mine where not exists (select from reopened)
             returning turn_id, attempts
         )
         select * from reopened union all select * from inserted";
 
-    /// Only the process that holds the turn knows `request_id`, so it is the fence. A swept turn is not open.
+    /// Only the process that holds the turn knows `request_id`, so it is the fence. A swept turn is not open; on a lease that somebody has
+    /// claimed since, its owner being dead, nothing more is sent.
     ATTEMPT: [UUID, UUID, UUID, JSONB] = "
-        update turns set attempts = $4, account_id = $3 where turn_id = $1 and request_id = $2 and state = 'open'";
+        update turns t set attempts = $4, account_id = $3 where turn_id = $1 and request_id = $2 and state = 'open'
+            and (lease_id is null or exists (select from http_bridge_leases l where l.lease_id = t.lease_id and l.generation = t.generation))";
 
-    /// Fence as in ATTEMPT; a repeated call finds the turn closed. The account is locked first (lock order) so that it cannot vanish under
-    /// the preference; a preference that says the same is only prolonged when an eighth of its time has passed.
-    SETTLE: [UUID, UUID, TEXT, TEXT, TEXT, TEXT, UUID, JSONB, INT8, INT8, INT8, INT8, INT8, BOOL, INT4, INT4, TEXT, BYTEA, UUID, FLOAT8] = "
+    /// FINISH. Fence of the turn as in ATTEMPT: a repeated call finds it closed. The lease is moved only by the owner that began this turn
+    /// on it; a snapshot is an immutable fact about one response, so it needs no fence. Lock order: account (so that it cannot vanish under
+    /// the preference), lease, snapshot, turn, preference. A preference that says the same is only prolonged when an eighth of its time has
+    /// passed.
+    SETTLE: [UUID, UUID, TEXT, TEXT, TEXT, TEXT, UUID, JSONB, INT8, INT8, INT8, INT8, INT8, BOOL, INT4, INT4, TEXT, BYTEA, UUID, FLOAT8,
+        UUID, INT8, UUID, FLOAT8, BOOL, UUID, TEXT, UUID, UUID, TEXT, BOOL, BOOL, INT4, TEXT, BYTEA] = "
         with seat as (
             select account_id from accounts where account_id = $19 for key share
+        ), moved as (
+            update http_bridge_leases set busy_turn = null, busy_since = null, account_id = coalesce($7, account_id),
+                head_response_id = case when $25 then $6 else head_response_id end, last_turn_at = clock_timestamp(),
+                retain_until = clock_timestamp() + make_interval(secs => $24)
+            where lease_id = $21 and generation = $22 and owner_boot = $23 and busy_turn = $2 and (select count(*) from seat) >= 0
+            returning lease_id
+        ), kept as (
+            insert into response_snapshots (scope_id, response_id, parent_response_id, chain_id, lease_id, account_id, model, is_root, complete,
+                bytes, key_id, body)
+            select $26, $6, $27,
+                coalesce((select chain_id from response_snapshots where scope_id = $26 and response_id = $27), $28), $29, $7, $30, $31, $32, $33, $34, $35 where $28 is not null and (select count(*) from moved) >= 0
+            on conflict do nothing
+            returning 1
         ), booked as (
             update turns set state = $3, outcome = $4, reason = $5, response_id = $6, account_id = $7, attempts = $8, input_tokens = $9,
                 cached_input_tokens = $10, output_tokens = $11, reasoning_tokens = $12, cost_nanodollars = $13, estimated = $14,
                 first_event_ms = $15, total_ms = $16, settled_at = clock_timestamp()
-            where turn_id = $1 and request_id = $2 and state = 'open' and (select count(*) from seat) >= 0
+            where turn_id = $1 and request_id = $2 and state = 'open' and (select count(*) from kept) >= 0
             returning scope_id
         ), preferred as (
             insert into sticky_sessions as s (scope_id, key_kind, key_hash, account_id, expires_at)
@@ -68,13 +96,18 @@ statements! { "ledger";
                 moved_at = case when s.account_id = excluded.account_id then s.moved_at else excluded.moved_at end
             where s.account_id <> excluded.account_id or s.expires_at < excluded.expires_at - make_interval(secs => $20 / 8)
         )
-        select count(*) from booked";
+        select (select count(*) from booked), (select count(*) from moved)";
 
-    /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt.
-    WITHDRAW: [UUID, UUID] = "
+    /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt, and its lease is idle again.
+    WITHDRAW: [UUID, UUID, UUID, INT8] = "
+        with idle as (
+            update http_bridge_leases set busy_turn = null, busy_since = null
+            where lease_id = $3 and generation = $4 and owner_boot = $1 and busy_turn = $2
+            returning 1
+        )
         update turns set state = case when requests > 1 then 'settled' else 'released' end, outcome = 'failed', reason = 'withdrawn',
             attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
-        where boot_id = $1 and request_id = $2 and state = 'open'";
+        where boot_id = $1 and request_id = $2 and state = 'open' and (select count(*) from idle) >= 0";
 
     /// An entry that is there stays as it is.
     LOG: [JSONB] = concat!("
@@ -158,16 +191,17 @@ statements! { "ledger";
         delete from request_log l using old where (l.day, l.turn_id, l.request_id) = (old.day, old.turn_id, old.request_id)";
 }
 
-/// Yields the turn and its earlier attempts.
+/// Yields the turn and its earlier attempts; `None` if the lease is not ours.
 pub(super) async fn open(
     db: &Db,
     boot: BootId,
     opening: &Opening,
     first: &Attempt,
-) -> Result<(TurnId, Vec<Attempt>), Error> {
+) -> Result<Option<(TurnId, Vec<Attempt>)>, NotOpened> {
     let request = &opening.request;
-    let row = db
-        .one(
+    let fence = opening.fence.as_ref();
+    let opened = db
+        .opt(
             &OPEN,
             &[
                 &request.id,
@@ -180,12 +214,26 @@ pub(super) async fn open(
                 &plain(&request.model, 100),
                 &first.account_id,
                 &Json([first]),
+                &fence.map(|fence| fence.lease),
+                &fence.map(|fence| fence.generation),
             ],
         )
-        .await?;
-    let Json(mut attempts): Json<Vec<Attempt>> = row.try_get(1)?;
-    attempts.pop();
-    Ok((row.try_get(0)?, attempts))
+        .await;
+    let row = match opened {
+        Ok(Some(row)) => row,
+        Ok(None) => return Ok(None),
+        Err(error) if matches!(error.constraint(), Some("turns_request" | "turns_pkey")) => {
+            return Err(NotOpened::Begun);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let read = |row: &Row| -> Result<_, tokio_postgres::Error> {
+        let Json(mut attempts): Json<Vec<Attempt>> = row.try_get(1)?;
+        attempts.pop();
+        Ok((row.try_get(0)?, attempts))
+    };
+    let opened = read(&row).map_err(Error::from)?;
+    Ok(Some(opened))
 }
 
 pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {
@@ -207,7 +255,7 @@ pub(super) async fn settle(
     db: &Db,
     opened: &Opened,
     settlement: &Settlement,
-) -> Result<bool, Error> {
+) -> Result<Booked, Error> {
     let totals = opened.totals();
     let [input, cached, output, reasoning] = columns(&totals.usage);
     let state = if input == 0 && output == 0 {
@@ -217,6 +265,12 @@ pub(super) async fn settle(
     };
     let answer = &settlement.answer;
     let sticky = settlement.sticky.as_ref();
+    let fence = opened.fence();
+    // A response without an id cannot be asked for.
+    let snapshot = settlement
+        .snapshot
+        .as_ref()
+        .filter(|_| settlement.response_id.is_some());
     let row = db
         .one(
             &SETTLE,
@@ -241,14 +295,41 @@ pub(super) async fn settle(
                 &sticky.map(|sticky| sticky.hash.as_slice()),
                 &sticky.map(|sticky| sticky.account),
                 &sticky.map(|sticky| sticky.ttl.as_secs_f64()),
+                &fence.map(|fence| fence.lease),
+                &fence.map(|fence| fence.generation),
+                &opened.boot(),
+                &fence.map(|fence| fence.retain.as_secs_f64()),
+                &settlement.complete,
+                &opened.request().scope,
+                &snapshot.and_then(|snapshot| snapshot.parent.as_deref()),
+                &snapshot.map(|snapshot| snapshot.chain),
+                &snapshot.and_then(|snapshot| snapshot.lease),
+                &plain(&opened.request().model, 100),
+                &snapshot.is_some_and(|snapshot| snapshot.is_root),
+                &snapshot.is_some_and(|snapshot| snapshot.complete),
+                &snapshot.map_or(0, |snapshot| snapshot.bytes),
+                &snapshot.and_then(|snapshot| snapshot.key_id.as_deref()),
+                &snapshot.and_then(|snapshot| snapshot.body.as_deref()),
             ],
         )
         .await?;
-    Ok(row.try_get::<_, i64>(0)? == 1)
+    Ok(Booked {
+        turn: row.try_get::<_, i64>(0)? == 1,
+        lease: fence.is_none() || row.try_get::<_, i64>(1)? == 1,
+    })
 }
 
-pub(super) async fn withdraw(db: &Db, boot: BootId, request: TurnId) -> Result<(), Error> {
-    db.exec(&WITHDRAW, &[&boot, &request]).await.map(drop)
+pub(super) async fn withdraw(
+    db: &Db,
+    boot: BootId,
+    request: TurnId,
+    fence: Option<Fence>,
+) -> Result<(), Error> {
+    let lease = fence.map(|fence| fence.lease);
+    let generation = fence.map(|fence| fence.generation);
+    db.exec(&WITHDRAW, &[&boot, &request, &lease, &generation])
+        .await
+        .map(drop)
 }
 
 pub(super) async fn log(db: &Db, entries: &[Entry]) -> Result<(), Error> {
@@ -282,7 +363,7 @@ pub(super) async fn find_unlogged(db: &Db, range: &Range, limit: i64) -> Result<
     rows.iter().map(found).collect()
 }
 
-fn found(row: &tokio_postgres::Row) -> Result<Found, Error> {
+fn found(row: &Row) -> Result<Found, Error> {
     let Json(attempts) = row.try_get("attempts")?;
     Ok(Found {
         turn: row.try_get("turn_id")?,

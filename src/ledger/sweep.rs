@@ -223,6 +223,8 @@ impl Found {
                 _ => "failed".into(),
             },
             reason: self.reason.clone().filter(|_| last).map(Into::into),
+            bridge_outcome: None,
+            bridge_reason: None,
             error_code: None,
             attempts: 0,
             input_tokens: 0,

@@ -5,7 +5,8 @@ use std::{borrow::Cow, time::Duration};
 use serde_json::Value;
 
 use super::attempt::{Attempt, End, Totals, Try};
-use crate::ids::{AccountId, ApiKeyId, ScopeId, TurnId};
+use crate::db::Error;
+use crate::ids::{AccountId, ApiKeyId, BootId, ChainId, LeaseId, ScopeId, TurnId};
 
 /// One request of a client, answered or not.
 #[derive(Clone, Debug)]
@@ -33,8 +34,35 @@ pub struct Opening {
     pub request: Request,
     /// The turn's id as the client counts, where it has one: how a retry is recognised.
     pub client_turn: Option<String>,
+    /// The lease on which the turn runs, if any.
+    pub fence: Option<Fence>,
     /// The first attempt.
     pub first: Try,
+}
+
+/// The lease on which a turn runs, as its owner knows it. The turn opens only if that is still true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// Which.
+    pub lease: LeaseId,
+    /// The fencing token.
+    pub generation: i64,
+    /// How long the row is kept after the turn.
+    pub retain: Duration,
+}
+
+/// Why a turn did not open. Nothing of it may be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum NotOpened {
+    /// The lease is not ours any more, or busy.
+    #[error("the lease has another owner")]
+    Fenced,
+    /// The same request was opened before, here or on another replica.
+    #[error("the request was begun elsewhere")]
+    Begun,
+    /// Of the statement; whether it landed is unknown.
+    #[error(transparent)]
+    Db(#[from] Error),
 }
 
 /// A turn that this process holds open. It owns the list of attempts.
@@ -42,21 +70,26 @@ pub struct Opening {
 pub struct Opened {
     request: Request,
     turn: TurnId,
+    fence: Option<Fence>,
+    boot: BootId,
     attempts: Vec<Attempt>,
 }
 
 impl Opened {
     pub(super) fn new(
-        request: Request,
+        opening: Opening,
         turn: TurnId,
         earlier: Vec<Attempt>,
         first: Attempt,
     ) -> Self {
+        let boot = first.boot_id;
         let mut attempts = earlier;
         attempts.push(first);
         Self {
-            request,
+            request: opening.request,
             turn,
+            fence: opening.fence,
+            boot,
             attempts,
         }
     }
@@ -114,6 +147,15 @@ impl Opened {
         for attempt in self.attempts.iter_mut().filter(|attempt| attempt.runs()) {
             attempt.lose(&self.request.model);
         }
+    }
+
+    pub(super) fn fence(&self) -> Option<&Fence> {
+        self.fence.as_ref()
+    }
+
+    /// The incarnation that opened it.
+    pub(super) fn boot(&self) -> BootId {
+        self.boot
     }
 
     pub(super) fn all_attempts(&self) -> &[Attempt] {
@@ -180,8 +222,19 @@ pub struct Answer {
     pub first_event: Option<Duration>,
     /// From arrival to the end.
     pub total: Duration,
-    /// Why this account and this path, for `explain`.
+    /// How the conversation was continued, and why.
+    pub bridge: Option<Bridge>,
+    /// Why this account, for `explain`.
     pub explanation: Option<Value>,
+}
+
+/// What became of the conversation's session: bounded sets of words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    /// The named outcome.
+    pub outcome: &'static str,
+    /// What led to it.
+    pub reason: &'static str,
 }
 
 /// How a turn is closed.
@@ -193,6 +246,40 @@ pub struct Settlement {
     pub response_id: Option<String>,
     /// Where the next turn of the same conversation should go.
     pub sticky: Option<Sticky>,
+    /// Whether `response_id` is complete: then it is the head of the lease.
+    pub complete: bool,
+    /// What the next turn can be rebuilt from.
+    pub snapshot: Option<Snapshot>,
+}
+
+/// A row of `response_snapshots`, under the scope and the response id of its turn.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The response that it continues.
+    pub parent: Option<String>,
+    /// The chain.
+    pub chain: ChainId,
+    /// The lease under which the conversation is found again.
+    pub lease: Option<LeaseId>,
+    /// Its input was whole by itself.
+    pub is_root: bool,
+    /// The body is there.
+    pub complete: bool,
+    /// Plain bytes.
+    pub bytes: i32,
+    /// The master key that sealed it.
+    pub key_id: Option<String>,
+    /// Sealed.
+    pub body: Option<Vec<u8>>,
+}
+
+/// What FINISH found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Booked {
+    /// This call booked the turn; else it was booked before: by a call whose reply was lost, or by the sweep, as lost.
+    pub turn: bool,
+    /// The lease was still ours, or there was none. If not, this replica is fenced: it moved no head.
+    pub lease: bool,
 }
 
 /// A durable preference, in the scope of the turn.

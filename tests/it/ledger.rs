@@ -74,6 +74,7 @@ fn opening(scope: ScopeId, client_turn: Option<&str>) -> Opening {
             user_agent: Some("codex_cli_rs/1.0".into()),
         },
         client_turn: client_turn.map(Into::into),
+        fence: None,
         first: to(AccountId::new()),
     }
 }
@@ -111,10 +112,13 @@ fn settlement(outcome: Outcome) -> Settlement {
             error_code: None,
             first_event: Some(Duration::from_millis(3)),
             total: Duration::from_millis(9),
+            bridge: None,
             explanation: None,
         },
         response_id: Some("resp_1".into()),
         sticky: None,
+        complete: true,
+        snapshot: None,
     }
 }
 
@@ -180,12 +184,14 @@ async fn an_attempt_is_on_record_before_it_is_sent_and_a_turn_is_booked_once() {
                 .settle(&turn, &settlement(Outcome::Completed))
                 .await
                 .unwrap()
+                .turn
         );
         assert!(
             !ledger
                 .settle(&turn, &settlement(Outcome::Failed))
                 .await
-                .unwrap(),
+                .unwrap()
+                .turn,
             "a repeated call changes nothing"
         );
         assert!(
@@ -236,7 +242,8 @@ async fn a_retry_is_an_attempt_of_the_turn_that_did_not_complete() {
             !ledger
                 .settle(&first, &settlement(Outcome::Failed))
                 .await
-                .unwrap(),
+                .unwrap()
+                .turn,
             "it is no longer the first one's"
         );
         assert!(
@@ -244,6 +251,7 @@ async fn a_retry_is_an_attempt_of_the_turn_that_did_not_complete() {
                 .settle(&retry, &settlement(Outcome::Completed))
                 .await
                 .unwrap()
+                .turn
         );
 
         // Estimated: 400 bytes sent, 40 seen.
@@ -298,6 +306,7 @@ async fn of_racing_retries_one_takes_the_turn_and_the_others_are_turns_of_their_
                         .settle(turn, &settlement(Outcome::Completed))
                         .await
                         .unwrap()
+                        .turn
                 );
             }
         }
@@ -377,7 +386,7 @@ async fn a_settlement_leaves_a_preference_and_an_account_that_went_does_not_stop
                 sticky: Some(sticky),
                 ..settlement(Outcome::Completed)
             };
-            assert!(ledger.settle(&turn, &end).await.unwrap());
+            assert!(ledger.settle(&turn, &end).await.unwrap().turn);
         };
         let row = "select concat_ws(' ', count(*), min(account_id::text), round(extract(epoch from min(expires_at) - now()) / 3600)) from sticky_sessions";
         let moved = "select min(moved_at)::text from sticky_sessions";

@@ -68,6 +68,7 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
                 .settle(&late, &settlement(Outcome::Completed))
                 .await
                 .unwrap()
+                .turn
         );
         dead.flush().await;
         assert_eq!(agreed(&one).await, side);
@@ -78,6 +79,7 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
             one.settle(&living, &settlement(Outcome::Completed))
                 .await
                 .unwrap()
+                .turn
         );
     }
 }
@@ -89,7 +91,7 @@ async fn an_opening_whose_answer_was_lost_is_taken_back_without_a_trace_of_use()
     let tasks = Tasks::new();
     let scope = ScopeId::new();
     let fresh = ledger.open(opening(scope, Some("t"))).await.unwrap();
-    ledger.clone().withdraw(fresh.request(), &tasks);
+    ledger.clone().withdraw(fresh.request(), None, &tasks);
     assert!(tasks.drained(Duration::from_secs(10)).await);
     let row = "select concat_ws(' ', state, outcome, jsonb_array_length(attempts), requests, input_tokens) from turns";
     assert_eq!(text(&store.client, row).await, "released failed 0 0 0");
@@ -102,7 +104,7 @@ async fn an_opening_whose_answer_was_lost_is_taken_back_without_a_trace_of_use()
         .unwrap();
     let tasks = Tasks::new();
     let retry = open(&ledger, scope, "t").await;
-    ledger.clone().withdraw(retry.request(), &tasks);
+    ledger.clone().withdraw(retry.request(), None, &tasks);
     assert!(tasks.drained(Duration::from_secs(10)).await);
     assert_eq!(text(&store.client, row).await, "settled failed 1 1 7");
     ledger.flush().await;
