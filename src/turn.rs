@@ -4,39 +4,55 @@
 //! upstream by the table of failures, and never sends upstream what the ledger has not recorded. It knows nothing of HTTP statuses or of
 //! how its items are encoded.
 
+mod affinity;
 mod budget;
 mod carrier;
 mod event;
+mod hop;
+mod refuse;
+mod registry;
 pub mod relay;
+pub mod resolve;
+mod route;
 mod run;
 mod session;
 
 use std::{
+    fmt,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use http::{HeaderMap, header};
 use tokio::{sync::Notify, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::relay::Receiver;
 pub use self::{
     budget::{Budget, Held},
     event::Event,
-    session::{Session, Unavailable},
+    hop::{Peers, Receiving},
+    resolve::Reject,
 };
+use self::{registry::Registry, relay::Receiver};
 use crate::{
     account::{Accounts, sticky::Sticky},
-    api_key::Key,
-    ids::{AccountId, ApiKeyId, ScopeId, TurnId},
+    api_key::{ApiKeys, Key},
+    ids::{AccountId, ApiKeyId, LeaseId, ScopeId, TurnId},
+    lease::Leases,
     ledger::{self, Ledger},
-    protocol::{failure::Failure, request::Request},
+    protocol::{
+        failure::Failure,
+        request::{Invalid, Request},
+    },
     quota::Quota,
+    replica::Replica,
+    snapshot::Snapshots,
     task::Tasks,
+    token,
     upstream::Upstream,
 };
 
@@ -117,13 +133,45 @@ pub struct Ask {
     pub request: Request,
     /// The client's headers.
     pub headers: HeaderMap,
+    /// The turn-state token that it came with, unread.
+    pub turn_state: Option<Bytes>,
+    /// The lease that the client's socket rode before.
+    pub line: Option<LeaseId>,
+    /// The lease for whose sake a peer sent it here.
+    pub forwarded: Option<LeaseId>,
     /// The body's share of the replica's bytes.
     pub held: Held,
     /// When it came.
     pub arrived: Instant,
 }
 
+impl fmt::Debug for Ask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ask")
+            .field("id", &self.id)
+            .field("request", &self.request)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Ask {
+    /// The id under which the client finds its request in our log.
+    fn request_id(&self) -> Option<&str> {
+        self.headers.get("x-request-id")?.to_str().ok()
+    }
+
+    /// Whether the client has shown itself to be Codex, which keeps the whole conversation itself.
+    #[must_use]
+    pub fn is_codex(&self) -> bool {
+        let beta = || {
+            let named = self.headers.get("openai-beta");
+            let named = named.and_then(|beta| beta.to_str().ok());
+            named.is_some_and(|beta| beta.contains("responses_websockets"))
+        };
+        let client = &self.request.facts.client;
+        client.turn_id.is_some() || client.window_id.is_some() || beta()
+    }
+
     fn record(&self) -> ledger::Request {
         let user_agent = self
             .headers
@@ -141,9 +189,22 @@ impl Ask {
     }
 }
 
-/// What a turn yields, in this order: at most one head, events, one end.
+/// How a client comes back to its conversation.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Token {
+    /// The lease that it names.
+    pub lease: LeaseId,
+    /// The value of `x-codex-turn-state`.
+    pub text: String,
+    /// Whether the client did not have it before.
+    pub fresh: bool,
+}
+
+/// What a turn yields, in this order: at most one begin, at most one head, events, one end.
 #[derive(Debug)]
 pub enum Item {
+    /// The turn has begun; nothing was sent upstream yet.
+    Begun(Option<Token>),
     /// Upstream's headers, filtered; just before the first event.
     Head(HeaderMap),
     /// An event of the response.
@@ -156,7 +217,7 @@ impl relay::Weight for Item {
     fn weight(&self) -> usize {
         match self {
             Self::Event(event) => event.len(),
-            Self::Head(_) | Self::End(_) => 0,
+            Self::Begun(_) | Self::Head(_) | Self::End(_) => 0,
         }
     }
 }
@@ -187,6 +248,10 @@ pub enum Stop {
     },
     /// `previous_response_id` names what no upstream socket at hand remembers.
     PreviousResponseNotFound,
+    /// The conversation cannot be continued here and now, and when to come back.
+    Rejected(Reject, Option<Duration>),
+    /// What the request continues and what it says do not fit together.
+    Invalid(Box<Invalid>),
     /// Nothing can be booked now, so nothing may be sent.
     Unavailable,
     /// The client read nothing for a minute.
@@ -199,13 +264,50 @@ pub enum Stop {
 #[derive(Clone)]
 pub struct Engine(Arc<Inner>);
 
+/// What the engine is made of.
+pub struct Parts {
+    /// Accounts, connections and the pool's view.
+    pub upstream: Upstream,
+    /// For their life cycle.
+    pub accounts: Accounts,
+    /// The single truth about limits.
+    pub quota: Quota,
+    /// Which account served a conversation last.
+    pub sticky: Sticky,
+    /// Turns.
+    pub ledger: Ledger,
+    /// This incarnation.
+    pub replica: Replica,
+    /// Who owns which conversation.
+    pub leases: Leases,
+    /// What conversations are rebuilt from.
+    pub snapshots: Snapshots,
+    /// Turn-state tokens.
+    pub tokens: token::Keys,
+    /// Client keys, for turns that peers send.
+    pub keys: ApiKeys,
+    /// The way to the owners of other leases; `None` = nothing is forwarded.
+    pub peers: Option<Peers>,
+    /// Sessions at most.
+    pub max_sessions: usize,
+}
+
 struct Inner {
     upstream: Upstream,
     accounts: Accounts,
     quota: Quota,
     sticky: Sticky,
     ledger: Ledger,
+    replica: Replica,
+    leases: Leases,
+    snapshots: Snapshots,
+    tokens: token::Keys,
+    keys: ApiKeys,
+    peers: Option<Peers>,
+    sessions: Registry,
     tasks: Tasks,
+    /// No session is opened any more.
+    closing: AtomicBool,
     /// Ends every turn.
     cancel: CancellationToken,
     running: AtomicUsize,
@@ -213,24 +315,31 @@ struct Inner {
     idle: Notify,
 }
 
+impl Inner {
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+}
+
 impl Engine {
     /// An engine over its parts.
     #[must_use]
-    pub fn new(
-        upstream: Upstream,
-        accounts: Accounts,
-        quota: Quota,
-        sticky: Sticky,
-        ledger: Ledger,
-        tasks: &Tasks,
-    ) -> Self {
+    pub fn new(parts: Parts, tasks: &Tasks) -> Self {
         Self(Arc::new(Inner {
-            upstream,
-            accounts,
-            quota,
-            sticky,
-            ledger,
+            upstream: parts.upstream,
+            accounts: parts.accounts,
+            quota: parts.quota,
+            sticky: parts.sticky,
+            ledger: parts.ledger,
+            replica: parts.replica,
+            leases: parts.leases,
+            snapshots: parts.snapshots,
+            tokens: parts.tokens,
+            keys: parts.keys,
+            peers: parts.peers,
+            sessions: Registry::new(parts.max_sessions),
             tasks: tasks.clone(),
+            closing: AtomicBool::new(false),
             cancel: CancellationToken::new(),
             running: AtomicUsize::new(0),
             idle: Notify::new(),
@@ -241,28 +350,30 @@ impl Engine {
     #[must_use]
     pub fn start(&self, ask: Ask) -> Receiver<Item> {
         let (sender, receiver) = relay::channel();
-        let engine = Arc::clone(&self.0);
-        let running = Running::start(&engine);
-        drop(self.0.tasks.spawn("turn", async move {
-            let mut carrier = carrier::Carrier::for_http(&engine.upstream);
-            run::run(&engine, ask, &sender, &mut carrier).await;
-            drop(running);
-        }));
+        let running = Running::start(&self.0);
+        route::start(&self.0, Box::new(ask), sender, running);
         receiver
     }
 
-    /// Opens a session: a client's WebSocket and the upstream socket that remembers its conversation.
-    #[must_use]
-    pub fn session(&self) -> Session {
-        Session::open(&self.0)
+    /// From here on no session is opened, and those that are idle give their lease back.
+    pub fn close(&self) {
+        self.0.closing.store(true, Ordering::Release);
+        self.0.sessions.retire_all();
     }
 
-    /// Starts a turn in a session, after those that wait there.
-    ///
-    /// # Errors
-    /// [`Unavailable`]; the client should come back on another socket.
-    pub fn start_in(&self, session: &Session, ask: Ask) -> Result<Receiver<Item>, Unavailable> {
-        session.start(Running::start(&self.0), ask)
+    /// Sessions, and those of them that are busy.
+    #[must_use]
+    pub fn sessions(&self) -> (usize, usize) {
+        self.0.sessions.count()
+    }
+
+    /// Gives up what earlier incarnations of this process owned, whenever a new one begins. Ends with the process.
+    pub async fn follow_incarnations(self) {
+        let mut boots = self.0.replica.boots();
+        while boots.changed().await.is_ok() {
+            let boot = *boots.borrow_and_update();
+            self.0.sessions.retire_others(boot);
+        }
     }
 
     /// Turns that run now.
@@ -293,6 +404,12 @@ impl Engine {
 
 /// Counts a turn while it lives.
 struct Running(Arc<Inner>);
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Running")
+    }
+}
 
 impl Running {
     fn start(engine: &Arc<Inner>) -> Self {

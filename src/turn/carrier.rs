@@ -1,6 +1,6 @@
 //! What carries a turn to the upstream: a request of its own, or the socket of a session.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -10,7 +10,7 @@ use super::{Ask, Event, Transport};
 use crate::{
     config,
     ids::AccountId,
-    protocol::{failure::Failure, headers},
+    protocol::{event::Kind, failure::Failure, headers},
     upstream::{self, Unsent, Upstream, credential::Credential, websocket::Socket},
 };
 
@@ -35,7 +35,9 @@ pub(super) struct Line {
     /// Whether the conversation prefers another account, which could not serve when this was opened.
     detour: bool,
     /// The response that upstream remembers: the last one that completed on this socket.
-    head: Option<String>,
+    head: Option<Arc<str>>,
+    /// What upstream wants repeated, on this socket alone.
+    turn_state: Option<String>,
 }
 
 /// An open stream of events, for one attempt.
@@ -45,15 +47,15 @@ pub(super) enum Source<'a> {
 }
 
 impl Carrier {
-    /// The carrier of one turn that came over HTTP.
-    pub(super) fn for_http(upstream: &Upstream) -> Self {
+    /// The carrier of one turn without a session.
+    pub(super) fn for_one(upstream: &Upstream) -> Self {
         match upstream.transport() {
             config::Transport::WebSocket => Self::Socket(None),
             config::Transport::Auto | config::Transport::Http => Self::Http,
         }
     }
 
-    /// The carrier of a client's WebSocket.
+    /// The carrier of a session.
     pub(super) fn for_session() -> Self {
         Self::Socket(None)
     }
@@ -79,6 +81,14 @@ impl Carrier {
         matches!(self, Self::Socket(Some(line)) if line.head.as_deref() == Some(response_id))
     }
 
+    /// The response that upstream remembers.
+    pub(super) fn head(&self) -> Option<Arc<str>> {
+        match self {
+            Self::Socket(Some(line)) => line.head.clone(),
+            _ => None,
+        }
+    }
+
     /// Whether the conversation is only visiting the account of the open socket.
     pub(super) fn is_detour(&self) -> bool {
         matches!(self, Self::Socket(Some(line)) if line.detour)
@@ -96,13 +106,19 @@ impl Carrier {
         let Self::Socket(place) = self else {
             return Ok(());
         };
+        if !fits(ask) {
+            return Ok(());
+        }
         if place.as_ref().is_some_and(|line| line.account == account) {
             return Ok(());
         }
         *place = None;
         let headers = headers::to_upstream_websocket(&ask.headers);
         let socket = upstream.connect(account, credential, headers).await?;
+        let turn_state = socket.headers().get("x-codex-turn-state");
+        let turn_state = turn_state.and_then(|value| value.to_str().ok());
         *place = Some(Box::new(Line {
+            turn_state: turn_state.map(str::to_owned),
             socket,
             account,
             detour,
@@ -120,11 +136,11 @@ impl Carrier {
         ask: &Ask,
     ) -> Result<Source<'_>, Unsent> {
         match self {
-            Self::Socket(Some(line)) if ask.request.body.len() <= FRAME_BYTES => {
+            Self::Socket(Some(line)) if fits(ask) => {
                 // Whatever becomes of this turn, upstream forgets the response before it.
                 line.head = None;
                 line.socket
-                    .send(frame(ask))
+                    .send(frame(ask, line.turn_state.as_deref()))
                     .await
                     .map_err(Unsent::Perhaps)?;
                 Ok(Source::Socket(line))
@@ -141,7 +157,7 @@ impl Carrier {
     /// The turn completed: upstream remembers its response.
     pub(super) fn completed(&mut self, response_id: Option<&str>) {
         if let Self::Socket(Some(line)) = self {
-            line.head = response_id.map(str::to_owned);
+            line.head = response_id.map(Into::into);
         }
     }
 
@@ -175,11 +191,28 @@ impl Carrier {
     }
 }
 
-fn frame(ask: &Ask) -> Utf8Bytes {
-    let frame: Bytes = match ask.transport {
-        Transport::WebSocket => ask.request.frame(),
-        Transport::Http => ask.request.frame_with_headers(&ask.headers),
+/// The turn state in a `response.metadata` event.
+fn turn_state(event: &[u8]) -> Option<String> {
+    let event: serde_json::Value = serde_json::from_slice(event).ok()?;
+    event["headers"]["x-codex-turn-state"]
+        .as_str()
+        .map(str::to_owned)
+}
+
+/// Whether upstream takes it in a frame. Images of clients that speak HTTP go as they came.
+fn fits(ask: &Ask) -> bool {
+    let images = ask.transport == Transport::Http && ask.request.facts.input_images;
+    ask.request.body.len() <= FRAME_BYTES && !images
+}
+
+fn frame(ask: &Ask, turn_state: Option<&str>) -> Utf8Bytes {
+    let none = HeaderMap::new();
+    let headers = match ask.transport {
+        // What the handshake said is not of this turn.
+        Transport::WebSocket => &none,
+        Transport::Http => &ask.headers,
     };
+    let frame = ask.request.frame_with(headers, turn_state);
     Utf8Bytes::try_from(frame).expect("a request that was parsed as JSON is UTF-8")
 }
 
@@ -196,11 +229,17 @@ impl Source<'_> {
     pub(super) async fn next(&mut self) -> Result<Option<Event>, Failure> {
         match self {
             Self::Http(events) => Ok(events.next().await?.map(Event::from_sse)),
-            Self::Socket(line) => Ok(line
-                .socket
-                .next()
-                .await?
-                .map(|text| Event::from_json(Bytes::from(text)))),
+            Self::Socket(line) => {
+                let event = line.socket.next().await?;
+                let event = event.map(|text| Event::from_json(Bytes::from(text)));
+                if let Some(event) = event
+                    .as_ref()
+                    .filter(|event| event.kind() == Kind::Metadata)
+                {
+                    line.turn_state = turn_state(&event.data()).or(line.turn_state.take());
+                }
+                Ok(event)
+            }
         }
     }
 

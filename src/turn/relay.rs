@@ -56,6 +56,37 @@ struct Flow {
     queued: AtomicUsize,
     /// Told by the receiver when the queue falls below the bound.
     drained: Notify,
+    /// Told by whoever waits for the end of a turn whose client is gone.
+    hurry: Notify,
+}
+
+/// Sees whether somebody still takes what a turn yields, without keeping the channel open.
+#[derive(Debug)]
+pub struct Watch<T> {
+    items: mpsc::WeakUnboundedSender<T>,
+    flow: Arc<Flow>,
+}
+
+impl<T> Clone for Watch<T> {
+    fn clone(&self) -> Self {
+        Self {
+            items: self.items.clone(),
+            flow: Arc::clone(&self.flow),
+        }
+    }
+}
+
+impl<T> Watch<T> {
+    /// Whether the receiver was dropped while the turn runs on.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.items.upgrade().is_some_and(|items| items.is_closed())
+    }
+
+    /// Asks an abandoned turn to end at once.
+    pub fn hurry(&self) {
+        self.flow.hurry.notify_one();
+    }
 }
 
 /// A new channel.
@@ -120,9 +151,19 @@ impl<T: Weight> Sender<T> {
         }
     }
 
-    /// Ends when the receiver is dropped.
-    pub async fn closed(&self) {
+    /// Ends `patience` after the receiver was dropped, or when somebody is in a hurry then.
+    pub async fn abandoned(&self, patience: Duration) {
         self.items.closed().await;
+        drop(timeout(patience, self.flow.hurry.notified()).await);
+    }
+
+    /// A view of whether the client is gone.
+    #[must_use]
+    pub fn watch(&self) -> Watch<T> {
+        Watch {
+            items: self.items.downgrade(),
+            flow: Arc::clone(&self.flow),
+        }
     }
 }
 
@@ -182,6 +223,21 @@ mod tests {
         sender.send(LAG).await.unwrap();
         let (sent, ()) = tokio::join!(sender.send(1), async { drop(receiver) });
         assert_eq!(sent, Err(Lost::Gone));
-        sender.closed().await;
+        sender.abandoned(Duration::ZERO).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_abandoned_turn_ends_at_once_when_somebody_waits_for_it() {
+        let (sender, receiver) = channel::<usize>();
+        let watch = sender.watch();
+        assert!(!watch.is_abandoned());
+        drop(receiver);
+        assert!(watch.is_abandoned());
+        watch.hurry();
+        let before = tokio::time::Instant::now();
+        sender.abandoned(PATIENCE).await;
+        assert_eq!(before.elapsed(), Duration::ZERO);
+        drop(sender);
+        assert!(!watch.is_abandoned(), "it has ended");
     }
 }

@@ -7,18 +7,25 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 
-use self::settle::affinity;
-use super::{Ask, Event, Inner, Item, Stop, Transport, carrier::Carrier, relay::Sender};
+use bytes::Bytes;
+
+use super::{
+    Ask, Event, Inner, Item, Reject, Stop, Token, Transport, affinity::affinity, carrier::Carrier,
+    relay::Sender,
+};
 use crate::{
     account::sticky,
-    ids::AccountId,
-    ledger::{self, Metered, Opened, price::Tier},
+    ids::{AccountId, LeaseId},
+    lease::Held,
+    ledger::{self, Bridge, Metered, Opened, price::Tier},
     protocol::{
         event::Terminal,
         failure::{Class, Effect, Failure, Next, Phase, Tries, decide},
         limits::Family,
+        request::history::Untold,
     },
     routing::{self, Choice, Decision, Lifecycle, family_of},
+    snapshot::{self, Capture, Chain, Missing},
     telemetry,
     upstream::credential::Freshness,
 };
@@ -32,35 +39,61 @@ const BYTES_OF_A_TOKEN: u64 = 4;
 /// Before the first repeat at the same account; doubled for the second.
 const BACKOFF: Duration = Duration::from_millis(200);
 
-/// A turn that panics, or whose task is dropped, is booked all the same.
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        if let Some(opened) = self.opened.take() {
-            let settlement = self.lost();
-            let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
-            ledger.settle_until_booked(opened, settlement, tasks);
-        }
-    }
+/// Where a turn runs, and how it came there.
+#[derive(Clone, Debug)]
+pub(super) struct Seat {
+    /// The lease of the session that runs it.
+    pub(super) held: Option<Held>,
+    /// The lease under which the conversation is found again; it may not have a row yet.
+    pub(super) lease: Option<LeaseId>,
+    /// What the client is told of it.
+    pub(super) token: Option<Token>,
+    /// How the conversation was continued, and why.
+    pub(super) bridge: Bridge,
 }
 
-/// Runs a turn to its end; whatever happens, it is settled once and one [`Item::End`] is sent.
-pub(super) async fn run(engine: &Inner, ask: Ask, out: &Sender<Item>, carrier: &mut Carrier) {
-    let mut turn = Turn::new(engine, ask, out);
-    let finish = turn.attempts(carrier).await;
-    turn.finish(finish, carrier).await;
+/// What became of a turn.
+#[derive(Debug)]
+pub(super) enum Ran {
+    /// It is over.
+    Ended,
+    /// It is over, and so is our ownership of its lease.
+    Lost,
+    /// It did not begin: the lease is not ours.
+    Fenced(Box<Ask>, Seat),
+}
+
+/// Runs a turn to its end; unless it is fenced, it is settled once and one [`Item::End`] is sent, whatever happens.
+pub(super) async fn run(
+    engine: &Inner,
+    ask: Box<Ask>,
+    out: &Sender<Item>,
+    carrier: &mut Carrier,
+    seat: Seat,
+) -> Ran {
+    let mut turn = Turn::new(engine, ask, out, seat);
+    match turn.attempts(carrier).await {
+        Finish::Fenced => Ran::Fenced(turn.ask, turn.seat),
+        finish => turn.finish(finish, carrier).await,
+    }
 }
 
 /// One turn while it runs.
 struct Turn<'a> {
     engine: &'a Inner,
-    ask: Ask,
+    ask: Box<Ask>,
     out: &'a Sender<Item>,
+    seat: Seat,
     /// The ledger's row, from the first attempt on.
-    opened: Option<Opened>,
+    open: Open<'a>,
     tried: Vec<AccountId>,
     tries: Tries,
     /// Where the conversation's preference is kept.
     key: Option<sticky::Key>,
+    /// What came before, where upstream has to be told all of it.
+    history: Option<History>,
+    /// What the next turn can be rebuilt from.
+    capture: Option<Capture>,
     /// The newest choice.
     choice: Option<Choice>,
     /// Whether the conversation is only visiting the account that serves it.
@@ -70,6 +103,30 @@ struct Turn<'a> {
     /// From arrival to the first visible event.
     first_event: Option<Duration>,
     head_sent: bool,
+}
+
+/// The open row of the ledger. A turn that panics, or whose task is dropped, is booked all the same.
+struct Open<'a> {
+    engine: &'a Inner,
+    arrived: Instant,
+    turn: Option<Opened>,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if let Some(opened) = self.turn.take() {
+            let settlement = settle::lost(self.arrived.elapsed());
+            let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
+            ledger.settle_until_booked(opened, settlement, tasks);
+        }
+    }
+}
+
+/// A conversation that is told again, and the request that continues it.
+struct History {
+    chain: Chain,
+    /// As the client sent it, normalised.
+    body: Bytes,
 }
 
 /// What an attempt has shown so far.
@@ -120,6 +177,10 @@ enum Over {
     Stopped,
     /// Nothing can be booked.
     Unbooked,
+    /// The lease is not ours; nothing was booked.
+    Fenced,
+    /// The request was begun on another replica.
+    Begun,
 }
 
 /// How the turn ends.
@@ -127,6 +188,8 @@ enum Finish {
     Done(Told),
     Stop(Stop),
     Left,
+    /// It never began.
+    Fenced,
 }
 
 impl From<Over> for Finish {
@@ -136,24 +199,33 @@ impl From<Over> for Finish {
             Over::Slow => Self::Stop(Stop::SlowConsumer),
             Over::Stopped => Self::Stop(Stop::Cancelled),
             Over::Unbooked => Self::Stop(Stop::Unavailable),
+            Over::Fenced => Self::Fenced,
+            Over::Begun => Self::Stop(Stop::Rejected(Reject::OwnerUnreachable, None)),
         }
     }
 }
 
-/// Ends two seconds after the client has left: until then the turn may still complete.
+/// Ends two seconds after the client has left, or when another request waits: until then the turn may still complete.
 async fn gone(out: &Sender<Item>) {
-    out.closed().await;
-    sleep(AFTERLIFE).await;
+    out.abandoned(AFTERLIFE).await;
 }
 
 impl<'a> Turn<'a> {
-    fn new(engine: &'a Inner, ask: Ask, out: &'a Sender<Item>) -> Self {
-        let key = affinity(&ask);
+    fn new(engine: &'a Inner, ask: Box<Ask>, out: &'a Sender<Item>, seat: Seat) -> Self {
+        let key = affinity(&ask).map(|affinity| affinity.sticky());
+        let open = Open {
+            engine,
+            arrived: ask.arrived,
+            turn: None,
+        };
         Self {
             engine,
             ask,
             out,
-            opened: None,
+            seat,
+            open,
+            history: None,
+            capture: None,
             tried: Vec::new(),
             tries: Tries::default(),
             key,
@@ -167,17 +239,20 @@ impl<'a> Turn<'a> {
 
     /// Attempts until one completes or none can help.
     async fn attempts(&mut self, carrier: &mut Carrier) -> Finish {
-        // Upstream remembers one response per socket. Anything else is rebuilt by the client, which has it all.
+        // Upstream remembers one response per socket. Anything else it is told again.
         if let Some(id) = &self.ask.request.facts.previous_response_id
             && !carrier.remembers(id)
+            && let Err(stop) = self.recall().await
         {
-            return Finish::Stop(Stop::PreviousResponseNotFound);
+            return Finish::Stop(stop);
         }
-        let anchored = self.ask.request.facts.previous_response_id.is_some();
-        self.detour = carrier.is_detour();
+        self.capture = self.captured();
+        // A conversation that was only visiting goes home when it brings everything with it.
+        let visiting = carrier.is_detour() && !self.is_anchored();
+        self.detour = carrier.is_detour() && !visiting;
         let preferred = match carrier.account() {
-            Some(account) => Some(account),
-            None => self.preferred().await,
+            Some(account) if !visiting => Some(account),
+            visited => self.preferred().await.or(visited),
         };
         let mut freshness = Freshness::Any;
         let mut again = None;
@@ -200,9 +275,14 @@ impl<'a> Turn<'a> {
                     Err(stop) => return Finish::Stop(last_word(last, stop)),
                 },
             };
-            if anchored && carrier.account() != Some(account) {
+            if self.is_anchored() && carrier.account() != Some(account) {
                 carrier.hang_up();
-                return Finish::Stop(Stop::PreviousResponseNotFound);
+                if let Err(stop) = self.recall().await {
+                    return Finish::Stop(stop);
+                }
+            }
+            if let Err(stop) = self.retell(account) {
+                return Finish::Stop(stop);
             }
             let began = Instant::now();
             let (generation, attempted) = self.attempt(account, freshness, carrier, began).await;
@@ -213,7 +293,7 @@ impl<'a> Turn<'a> {
                 }
                 Attempted::Over(over) => {
                     carrier.hang_up();
-                    if over != Over::Unbooked {
+                    if !matches!(over, Over::Unbooked | Over::Fenced | Over::Begun) {
                         self.end_attempt("cancelled", None, None, began);
                     }
                     return over.into();
@@ -230,10 +310,15 @@ impl<'a> Turn<'a> {
             if failure.class != Class::Request {
                 carrier.hang_up();
             }
-            if anchored && next != Next::Surface {
-                // The socket that remembered is gone; the client resends everything, to any account.
-                return Finish::Stop(Stop::PreviousResponseNotFound);
+            let forgotten = self.is_anchored() && is_miss(&failure);
+            if self.is_anchored() && (next != Next::Surface || forgotten) {
+                // The socket that remembered is gone, or did not: upstream is told everything, on another one.
+                carrier.hang_up();
+                if let Err(stop) = self.recall().await {
+                    return Finish::Stop(stop);
+                }
             }
+            let next = if forgotten { RETELL } else { next };
             match next {
                 Next::Surface => return Finish::Stop(Stop::upstream(failure, told)),
                 Next::NextAccount => self.tried.push(account),
@@ -261,12 +346,76 @@ impl<'a> Turn<'a> {
         }
     }
 
+    /// Whether upstream has to remember what this turn continues.
+    fn is_anchored(&self) -> bool {
+        self.ask.request.facts.previous_response_id.is_some() && self.history.is_none()
+    }
+
+    /// Reads what the turn continues, to tell it again.
+    async fn recall(&mut self) -> Result<(), Stop> {
+        let facts = &self.ask.request.facts;
+        let Some(id) = &facts.previous_response_id else {
+            return Ok(());
+        };
+        let scope = self.ask.caller.scope();
+        match self.engine.snapshots.chain(scope, id).await {
+            Ok(chain) => {
+                let body = self.ask.request.body.clone();
+                self.history = Some(History { chain, body });
+                Ok(())
+            }
+            Err(Missing::Incomplete) => Err(Stop::PreviousResponseNotFound),
+            Err(Missing::Unavailable(error)) => {
+                tracing::warn!(%error, "a conversation cannot be read");
+                Err(Stop::Rejected(Reject::MetadataUnavailable, None))
+            }
+        }
+    }
+
+    /// Tells the conversation again in the form in which this account understands it.
+    fn retell(&mut self, account: AccountId) -> Result<(), Stop> {
+        let Some(history) = &self.history else {
+            return Ok(());
+        };
+        let same_account = history.chain.account == Some(account);
+        let told = history.chain.rebuild(&history.body, same_account);
+        self.ask.request.body = told.map_err(|untold| match untold {
+            Untold::Unanswered(invalid) => Stop::Invalid(Box::new(invalid)),
+            Untold::Sealed => Stop::PreviousResponseNotFound,
+        })?;
+        Ok(())
+    }
+
+    /// What is kept of this turn, unless its client keeps everything itself.
+    fn captured(&self) -> Option<Capture> {
+        let facts = &self.ask.request.facts;
+        let http_previous =
+            self.ask.transport == Transport::Http && facts.previous_response_id.is_some();
+        let mode = self.engine.snapshots.mode();
+        if !facts.generate || !snapshot::wanted(mode, self.ask.is_codex(), http_previous) {
+            return None;
+        }
+        Some(Capture::new(
+            &self.ask.request.body,
+            facts.previous_response_id.as_deref(),
+            self.history.as_ref().map(|history| &history.chain),
+        ))
+    }
+
     /// The account that served the conversation before.
     async fn preferred(&self) -> Option<AccountId> {
-        let key = self.key?;
+        if let Some(History { chain, .. }) = &self.history {
+            return chain.account;
+        }
+        let before = self.seat.held.and_then(|held| held.account);
+        let Some(key) = self.key else { return before };
         let scope = self.ask.caller.scope();
         let asked = self.engine.sticky.get(scope, &key);
-        timeout(PREFERENCE_TIME, asked).await.ok().flatten()
+        timeout(PREFERENCE_TIME, asked)
+            .await
+            .ok()
+            .flatten()
+            .or(before)
     }
 
     /// Runs `work` unless the client has left for good or the process ends.
@@ -331,7 +480,7 @@ impl<'a> Turn<'a> {
         terminal: Option<&Terminal>,
         began: Instant,
     ) {
-        let Some(opened) = &mut self.opened else {
+        let Some(opened) = &mut self.open.turn else {
             return;
         };
         let visible_bytes = self.seen.pieces * BYTES_OF_A_TOKEN;
@@ -409,6 +558,16 @@ impl Stop {
     fn upstream(failure: Failure, told: Option<Told>) -> Self {
         Self::Upstream(failure, told.map(|told| told.event))
     }
+}
+
+/// Upstream is told everything on another socket; that is no fault of the account's.
+const RETELL: Next = Next::SameAccount {
+    after_refresh: false,
+};
+
+/// Upstream does not know the response that the turn continues.
+fn is_miss(failure: &Failure) -> bool {
+    failure.class == Class::PreviousResponseNotFound
 }
 
 fn next_word(next: Next) -> &'static str {

@@ -15,7 +15,7 @@ use tokio::time::{sleep_until, timeout};
 use super::{Attempted, Over, Seen, Told, Turn, gone};
 use crate::{
     ids::AccountId,
-    ledger::{Opening, Try},
+    ledger::{Fence, NotOpened, Opening, Try},
     protocol::{
         event::{self, ErrorBody, Kind, Terminal},
         failure::{Class, Deadline, Failure, Phase},
@@ -47,6 +47,9 @@ impl Turn<'_> {
         began: Instant,
     ) -> (Option<i64>, Attempted) {
         self.seen = Seen::default();
+        if let Some(capture) = &mut self.capture {
+            capture.restart();
+        }
         let (engine, out) = (self.engine, self.out);
         let credential = async {
             let fresh = engine.upstream.credentials().fresh(account, freshness);
@@ -109,7 +112,7 @@ impl Turn<'_> {
             transport,
             request_bytes: self.ask.request.body.len() as u64,
         };
-        if let Some(opened) = &mut self.opened {
+        if let Some(opened) = &mut self.open.turn {
             let attempt = self.engine.ledger.attempt(opened, next);
             return match timeout(RESERVE_TIME, attempt).await {
                 Ok(Ok(true)) => Ok(()),
@@ -121,21 +124,31 @@ impl Turn<'_> {
         let request = self.ask.record();
         let facts = &self.ask.request.facts;
         let client_turn = facts.client.turn_id.clone();
+        let fence = self.seat.held.map(|held| Fence {
+            lease: held.lease,
+            generation: held.generation,
+            retain: held.key.kind.retain(),
+        });
         let opening = Opening {
             request: request.clone(),
             client_turn: client_turn.filter(|id| !id.is_empty() && facts.generate),
+            fence,
             first: next,
         };
         let over = match timeout(RESERVE_TIME, self.engine.ledger.open(opening)).await {
             Ok(Ok(opened)) => {
-                self.opened = Some(opened);
+                self.open.turn = Some(opened);
+                // Nobody may be there to hear it; then the turn ends as for any client that left.
+                let _ = self.out.send(Item::Begun(self.seat.token.take())).await;
                 return Ok(());
             }
-            Ok(Err(error)) => unbooked(&error),
+            Ok(Err(NotOpened::Fenced)) => return Err(Over::Fenced),
+            Ok(Err(NotOpened::Begun)) => return Err(Over::Begun),
+            Ok(Err(NotOpened::Db(error))) => unbooked(&error),
             Err(_) => unbooked("the database does not answer"),
         };
         let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
-        ledger.withdraw(&request, tasks);
+        ledger.withdraw(&request, fence, tasks);
         Err(over)
     }
 
@@ -243,7 +256,12 @@ impl Turn<'_> {
             // Our own keep-alives are made where the stream is encoded.
             Kind::Codex if is_keepalive(&event) => Ok(()),
             Kind::Codex => self.hold_or_send(event).await,
-            _ => {
+            kind => {
+                if kind == Kind::OutputItemDone
+                    && let Some(capture) = &mut self.capture
+                {
+                    capture.push_output(&event.data());
+                }
                 if self.first_event.is_none() {
                     self.first_event = Some(self.ask.arrived.elapsed());
                 }
@@ -261,6 +279,10 @@ impl Turn<'_> {
         if !self.head_sent {
             self.head_sent = true;
             self.ask.request.body = bytes::Bytes::new();
+            // What was told needs not be told again; that it was is still known.
+            if let Some(history) = &mut self.history {
+                history.body = bytes::Bytes::new();
+            }
             self.ask.held = Held::default();
             self.out
                 .send(Item::Head(headers::to_client(

@@ -5,13 +5,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::{Finish, Turn};
+use super::{Finish, Ran, Turn};
 use crate::{
-    account::sticky,
     ledger::{self, Answer, Outcome, Settlement},
     protocol::event::Kind,
     telemetry,
-    turn::{Ask, End, Item, Stop, carrier::Carrier},
+    turn::{End, Item, Stop, carrier::Carrier},
 };
 
 /// How long the terminal event waits for its settlement.
@@ -19,13 +18,13 @@ const SETTLE_TIME: Duration = Duration::from_secs(2);
 
 impl Turn<'_> {
     /// Settles the turn, then lets the client know of its end.
-    pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) {
+    pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) -> Ran {
         let (outcome, status, reason, code) = match &finish {
             Finish::Done(told) if told.terminal.kind == Kind::Completed => {
                 (Outcome::Completed, 200, None, None)
             }
             Finish::Done(_) => (Outcome::Incomplete, 200, None, None),
-            Finish::Left => (Outcome::Cancelled, 499, Some("client_gone"), None),
+            Finish::Left | Finish::Fenced => (Outcome::Cancelled, 499, Some("client_gone"), None),
             Finish::Stop(stop) => stop.record(),
         };
         let response_id = match &finish {
@@ -51,6 +50,7 @@ impl Turn<'_> {
             error_code: code.map(Into::into),
             first_event: self.first_event,
             total,
+            bridge: Some(self.seat.bridge),
             explanation: self
                 .choice
                 .as_ref()
@@ -66,22 +66,31 @@ impl Turn<'_> {
             _ => None,
         };
         self.log(&answer, why);
-        match self.opened.take() {
+        let snapshot = self.snapshot(&finish, response_id.as_deref()).await;
+        let mut ran = Ran::Ended;
+        match self.open.turn.take() {
             None => self.engine.ledger.refuse(&self.ask.record(), &answer),
             Some(opened) => {
                 let settlement = Settlement {
                     answer,
                     response_id: response_id.clone(),
                     sticky,
+                    complete: completed,
+                    snapshot,
                 };
                 let settled =
                     timeout(SETTLE_TIME, self.engine.ledger.settle(&opened, &settlement)).await;
-                if !matches!(settled, Ok(Ok(_))) {
-                    self.engine.ledger.clone().settle_until_booked(
+                match settled {
+                    Ok(Ok(booked)) if !booked.lease => {
+                        telemetry::fenced("finish");
+                        ran = Ran::Lost;
+                    }
+                    Ok(Ok(_)) => {}
+                    Ok(Err(_)) | Err(_) => self.engine.ledger.clone().settle_until_booked(
                         opened,
                         settlement,
                         &self.engine.tasks,
-                    );
+                    ),
                 }
             }
         }
@@ -95,26 +104,36 @@ impl Turn<'_> {
                 End::Complete
             }
             Finish::Stop(stop) => End::Failed(Box::new(stop)),
-            Finish::Left => return,
+            Finish::Left | Finish::Fenced => return ran,
         };
         self.out.last(Item::End(end));
+        ran
     }
 
-    /// What is booked when the turn never came to its end.
-    pub(super) fn lost(&self) -> Settlement {
-        Settlement {
-            answer: Answer {
-                outcome: Outcome::Lost,
-                status: 502,
-                reason: Some("panicked"),
-                error_code: None,
-                first_event: self.first_event,
-                total: self.ask.arrived.elapsed(),
-                explanation: None,
-            },
-            response_id: self.seen.response_id.clone(),
-            sticky: None,
-        }
+    /// The record of what this turn added, if it has an answer that may be continued.
+    async fn snapshot(
+        &mut self,
+        finish: &Finish,
+        response_id: Option<&str>,
+    ) -> Option<ledger::Snapshot> {
+        let Finish::Done(told) = finish else {
+            return None;
+        };
+        let capture = self.capture.take()?;
+        let scope = self.ask.caller.scope();
+        let snapshots = &self.engine.snapshots;
+        let output = told.event.data();
+        let row = snapshots.seal(scope, response_id?, capture, &output).await;
+        Some(ledger::Snapshot {
+            parent: row.parent,
+            chain: row.chain,
+            lease: self.seat.lease,
+            is_root: row.is_root,
+            complete: row.complete,
+            bytes: row.bytes,
+            key_id: row.key_id,
+            body: row.body,
+        })
     }
 
     /// One line per turn.
@@ -131,7 +150,10 @@ impl Turn<'_> {
             outcome = answer.outcome.as_str(),
             reason = answer.reason,
             why,
-            attempts = self.opened.as_ref().map_or(0, |opened| opened.attempts().count()),
+            bridge = self.seat.bridge.outcome,
+            bridge_reason = self.seat.bridge.reason,
+            lease_id = self.seat.lease.map(tracing::field::display),
+            attempts = self.open.turn.as_ref().map_or(0, |opened| opened.attempts().count()),
             first_event_ms = answer.first_event.map(|time| time.as_millis()),
             total_ms = answer.total.as_millis(),
             "turn"
@@ -151,9 +173,29 @@ impl Turn<'_> {
     }
 }
 
+/// What is booked when a turn never came to its end.
+pub(super) fn lost(total: Duration) -> Settlement {
+    Settlement {
+        answer: Answer {
+            outcome: Outcome::Lost,
+            status: 502,
+            reason: Some("panicked"),
+            error_code: None,
+            first_event: None,
+            total,
+            bridge: None,
+            explanation: None,
+        },
+        response_id: None,
+        sticky: None,
+        complete: false,
+        snapshot: None,
+    }
+}
+
 impl Stop {
     /// How the ledger and the request log describe it.
-    fn record(&self) -> (Outcome, u16, Option<&'static str>, Option<String>) {
+    pub(in crate::turn) fn record(&self) -> (Outcome, u16, Option<&'static str>, Option<String>) {
         match self {
             Self::Upstream(failure, _) => (
                 Outcome::Failed,
@@ -179,6 +221,18 @@ impl Stop {
                 Some("previous_response_not_found"),
                 Some("previous_response_not_found".into()),
             ),
+            Self::Rejected(reject, _) => (
+                Outcome::Refused,
+                reject.answer().0,
+                Some(reject.outcome().as_str()),
+                Some(reject.answer().1.into()),
+            ),
+            Self::Invalid(invalid) => (
+                Outcome::Refused,
+                400,
+                Some("invalid_request"),
+                Some(invalid.code.into()),
+            ),
             Self::Unavailable => (
                 Outcome::Refused,
                 503,
@@ -199,30 +253,4 @@ impl Stop {
             ),
         }
     }
-}
-
-/// Where the conversation's preference is kept: by thread, else by session, else by prompt cache key.
-pub(super) fn affinity(ask: &Ask) -> Option<sticky::Key> {
-    let facts = &ask.request.facts;
-    let header = |name: &str| {
-        ask.headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .map(str::to_owned)
-    };
-    let thread = header("thread-id").or_else(|| facts.client.thread_id.clone());
-    let session = || {
-        let named = ["session-id", "session_id", "x-session-id"]
-            .into_iter()
-            .find_map(header);
-        named.or_else(|| facts.client.session_id.clone())
-    };
-    let key = |kind, value: Option<String>| {
-        value
-            .filter(|value| !value.is_empty())
-            .map(|value| sticky::Key::new(kind, &value))
-    };
-    key(sticky::Kind::Thread, thread)
-        .or_else(|| key(sticky::Kind::Session, session()))
-        .or_else(|| key(sticky::Kind::PromptCache, facts.prompt_cache_key.clone()))
 }

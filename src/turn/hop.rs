@@ -1,0 +1,359 @@
+//! Turns that go to the owner of their lease, and turns that come from a peer: what travels, at both ends.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use futures_util::Stream;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Ask, Caller, End, Engine, Event, Held, Inner, Item, Reject, Running, Stop, Transport,
+    relay::{self, Receiver, Sender},
+    route,
+};
+use crate::{
+    forward::{About, Answer, Call, Client, Envelope, Frame, Frames, NotSent, Owner, Refusal},
+    ids::LeaseId,
+    lease,
+    protocol::{
+        failure::Failure,
+        request::{Facts, Invalid, Request},
+    },
+};
+
+/// The way to other replicas. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Peers(Client);
+
+impl Peers {
+    /// Over a client of the room `forward`.
+    #[must_use]
+    pub fn new(client: Client) -> Self {
+        Self(client)
+    }
+}
+
+/// Routes whose turns travel.
+const ROUTES: [&str; 4] = [
+    "codex/responses",
+    "codex/responses/compact",
+    "v1/responses",
+    "v1/responses/compact",
+];
+
+/// What goes with a body.
+#[derive(Serialize, Deserialize)]
+struct Details {
+    route: String,
+    websocket: bool,
+    facts: Facts,
+    headers: Vec<(String, String)>,
+    turn_state: Option<String>,
+}
+
+/// The end of a turn, as it travels.
+#[derive(Serialize, Deserialize)]
+enum Ended {
+    Complete,
+    Upstream(Box<Failure>, Option<String>),
+    Exhausted {
+        resets_at: i64,
+    },
+    Nobody {
+        why: String,
+    },
+    PreviousResponseNotFound,
+    Rejected(Reject, Option<Duration>),
+    Invalid {
+        message: String,
+        param: Option<String>,
+    },
+    Unavailable,
+    SlowConsumer,
+    Cancelled,
+}
+
+impl From<End> for Ended {
+    fn from(end: End) -> Self {
+        let stop = match end {
+            End::Complete => return Self::Complete,
+            End::Failed(stop) => stop,
+        };
+        match *stop {
+            Stop::Upstream(failure, event) => {
+                let json = event.map(|event| String::from_utf8_lossy(&event.data()).into_owned());
+                Self::Upstream(Box::new(failure), json)
+            }
+            Stop::Exhausted { resets_at } => Self::Exhausted { resets_at },
+            Stop::Nobody { why } => Self::Nobody { why },
+            Stop::PreviousResponseNotFound => Self::PreviousResponseNotFound,
+            Stop::Rejected(reject, wait) => Self::Rejected(reject, wait),
+            Stop::Invalid(invalid) => Self::Invalid {
+                message: invalid.message,
+                param: invalid.param,
+            },
+            Stop::Unavailable => Self::Unavailable,
+            Stop::SlowConsumer => Self::SlowConsumer,
+            Stop::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<Ended> for End {
+    fn from(ended: Ended) -> Self {
+        let stop = match ended {
+            Ended::Complete => return Self::Complete,
+            Ended::Upstream(failure, json) => Stop::Upstream(*failure, json.map(Event::from_json)),
+            Ended::Exhausted { resets_at } => Stop::Exhausted { resets_at },
+            Ended::Nobody { why } => Stop::Nobody { why },
+            Ended::PreviousResponseNotFound => Stop::PreviousResponseNotFound,
+            Ended::Rejected(reject, wait) => Stop::Rejected(reject, wait),
+            Ended::Invalid { message, param } => Stop::Invalid(Box::new(Invalid {
+                code: "invalid_request_error",
+                message,
+                param,
+            })),
+            Ended::Unavailable => Stop::Unavailable,
+            Ended::SlowConsumer => Stop::SlowConsumer,
+            Ended::Cancelled => Stop::Cancelled,
+        };
+        Self::Failed(Box::new(stop))
+    }
+}
+
+/// What became of a turn that was sent to the owner of its lease.
+pub(super) enum Sent {
+    /// It was served, to whatever end.
+    Served,
+    /// The lease has another owner.
+    NotOwner,
+    /// The owner has no room.
+    Busy,
+    /// It was begun before.
+    Begun,
+    /// The owner gave no answer, or is leaving.
+    Silent,
+}
+
+/// Sends a turn to the owner in `row` and relays its answer.
+pub(super) async fn forward(
+    engine: &Inner,
+    ask: &Ask,
+    out: &Sender<Item>,
+    row: &lease::Row,
+) -> Sent {
+    let lease::Owner::Other {
+        boot,
+        endpoint: Some(endpoint),
+        ..
+    } = &row.owner
+    else {
+        return Sent::NotOwner;
+    };
+    let Some(Peers(client)) = &engine.peers else {
+        return Sent::Silent;
+    };
+    let payload = pack(ask);
+    let about = About {
+        origin: engine.replica.boot(),
+        target: *boot,
+        lease: row.lease,
+        generation: row.generation,
+        scope: ask.caller.scope(),
+        api_key: ask.caller.api_key(),
+        turn: ask.id,
+    };
+    let now = engine.upstream.clock().now().as_millisecond();
+    let envelope = Envelope::new(about, now, &payload);
+    match client.send(endpoint, &envelope, payload).await {
+        Ok(answer) => {
+            relay(engine, answer, out).await;
+            Sent::Served
+        }
+        Err(NotSent::Silent) => Sent::Silent,
+        Err(NotSent::Refused(Refusal::NotOwner)) => Sent::NotOwner,
+        Err(NotSent::Refused(Refusal::Full)) => Sent::Busy,
+        Err(NotSent::Refused(Refusal::Begun)) => Sent::Begun,
+        Err(NotSent::Refused(Refusal::Draining | Refusal::Invalid)) => Sent::Silent,
+    }
+}
+
+/// Relays what the owner answers; when our client leaves, so do we.
+async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
+    loop {
+        let frame = tokio::select! {
+            biased;
+            frame = answer.next() => frame,
+            () = out.abandoned(Duration::ZERO) => return,
+            () = engine.cancel.cancelled() => {
+                return out.last(Item::End(End::Failed(Box::new(Stop::Cancelled))));
+            }
+        };
+        let item = match frame {
+            Ok(Some(Frame::Token(token))) => {
+                let token = serde_json::from_slice(&token).ok().flatten();
+                Item::Begun(token)
+            }
+            Ok(Some(Frame::Head(headers))) => Item::Head(headers),
+            Ok(Some(Frame::Event(json))) => Item::Event(Event::from_json(json)),
+            Ok(Some(Frame::End(end))) => {
+                let end = serde_json::from_slice::<Ended>(&end);
+                let end = end.map_or_else(|_| cut(engine), End::from);
+                return out.last(Item::End(end));
+            }
+            Ok(None) | Err(_) => return out.last(Item::End(cut(engine))),
+        };
+        if out.send(item).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The owner was lost in mid-turn. What it has begun it books, or whoever buries it.
+fn cut(engine: &Inner) -> End {
+    let now = engine.upstream.clock().now().as_second();
+    End::Failed(Box::new(Stop::Upstream(Failure::truncated(now), None)))
+}
+
+/// Details and body, the details after their length.
+fn pack(ask: &Ask) -> Bytes {
+    let text = |value: &HeaderValue| value.to_str().ok().map(str::to_owned);
+    let headers = ask.headers.iter();
+    let turn_state = ask.turn_state.as_deref().map(String::from_utf8_lossy);
+    let details = Details {
+        route: ask.route.to_owned(),
+        websocket: ask.transport == Transport::WebSocket,
+        facts: ask.request.facts.clone(),
+        headers: headers
+            .filter(|(name, _)| !is_secret(name))
+            .filter_map(|(name, value)| Some((name.as_str().to_owned(), text(value)?)))
+            .collect(),
+        turn_state: turn_state.map(|text| text.into_owned()),
+    };
+    let details = serde_json::to_vec(&details).expect("text and numbers are JSON");
+    let mut payload = BytesMut::with_capacity(4 + details.len() + ask.request.body.len());
+    payload.put_u32(u32::try_from(details.len()).unwrap_or(u32::MAX));
+    payload.put_slice(&details);
+    payload.put_slice(&ask.request.body);
+    payload.freeze()
+}
+
+/// The owner looks the key up by its id; nobody needs the credential.
+fn is_secret(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "authorization" | "x-drawbridge-key" | "cookie" | "proxy-authorization"
+    )
+}
+
+fn unpack(mut payload: Bytes) -> Option<(Details, Bytes)> {
+    let length = usize::try_from(payload.try_get_u32().ok()?).ok()?;
+    if length > payload.len() {
+        return None;
+    }
+    let details = serde_json::from_slice(&payload.split_to(length)).ok()?;
+    Some((details, payload))
+}
+
+/// Serves the turns that peers send.
+pub struct Receiving(pub Engine);
+
+impl Owner for Receiving {
+    async fn accept(&self, call: Call) -> Result<Frames, Refusal> {
+        let engine = &self.0.0;
+        let (ask, lease) = ask(engine, call)?;
+        let (sender, mut items) = relay::channel();
+        route::forwarded(engine, Box::new(ask), sender, Running::start(engine), lease);
+        // What comes first says whether it has begun; a turn that ends before is told as any other.
+        let first = items.recv().await.ok_or(Refusal::Draining)?;
+        if let Item::End(End::Failed(stop)) = &first
+            && let Stop::Rejected(reject, _) = **stop
+        {
+            match reject {
+                Reject::WrongInstance => return Err(Refusal::NotOwner),
+                Reject::Draining => return Err(Refusal::Draining),
+                Reject::Overloaded => return Err(Refusal::Full),
+                Reject::OwnerUnreachable => return Err(Refusal::Begun),
+                _ => {}
+            }
+        }
+        Ok(Box::pin(Framed {
+            first: Some(first),
+            items,
+        }))
+    }
+}
+
+fn ask(engine: &Arc<Inner>, call: Call) -> Result<(Ask, LeaseId), Refusal> {
+    let Call { envelope, payload } = call;
+    let (details, body) = unpack(payload).ok_or(Refusal::Invalid)?;
+    let caller = match envelope.api_key {
+        None => Caller::anonymous(),
+        Some(id) => Caller::of(&engine.keys.by_id(id).map_err(|_| Refusal::Invalid)?),
+    };
+    if caller.scope() != envelope.scope {
+        return Err(Refusal::Invalid);
+    }
+    let route = ROUTES.into_iter().find(|route| *route == details.route);
+    let headers = details.headers.into_iter();
+    let headers: HeaderMap = headers
+        .filter_map(|(name, value)| {
+            let name = HeaderName::try_from(name).ok()?;
+            Some((name, HeaderValue::try_from(value).ok()?))
+        })
+        .collect();
+    let ask = Ask {
+        id: envelope.turn,
+        caller,
+        route: route.ok_or(Refusal::Invalid)?,
+        transport: if details.websocket {
+            Transport::WebSocket
+        } else {
+            Transport::Http
+        },
+        request: Request {
+            body,
+            facts: details.facts,
+        },
+        headers,
+        turn_state: details.turn_state.map(Bytes::from),
+        line: None,
+        forwarded: None,
+        held: Held::default(),
+        arrived: Instant::now(),
+    };
+    Ok((ask, envelope.lease))
+}
+
+/// What a turn yields, as frames.
+struct Framed {
+    first: Option<Item>,
+    items: Receiver<Item>,
+}
+
+impl Stream for Framed {
+    type Item = Frame;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Frame>> {
+        let item = match self.first.take() {
+            Some(first) => Some(first),
+            None => std::task::ready!(self.items.poll_recv(context)),
+        };
+        Poll::Ready(item.map(|item| match item {
+            Item::Begun(token) => Frame::Token(json(&token)),
+            Item::Head(headers) => Frame::Head(headers),
+            Item::Event(event) => Frame::Event(Bytes::copy_from_slice(&event.data())),
+            Item::End(end) => Frame::End(json(&Ended::from(end))),
+        }))
+    }
+}
+
+fn json(value: &impl Serialize) -> Bytes {
+    Bytes::from(serde_json::to_vec(value).expect("text and numbers are JSON"))
+}

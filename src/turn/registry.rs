@@ -1,0 +1,222 @@
+//! The sessions of this replica, found by lease, by key and by the response that their socket remembers.
+//!
+//! The registry is a map of handles; what a session is doing it says itself, through its handle. Claims of one key are made one at a time,
+//! so that a process never fences itself.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{OwnedMutexGuard, mpsc, watch},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Item, relay, session::Job};
+use crate::{
+    ids::{BootId, LeaseId, ScopeId},
+    lease::{Held, Key},
+};
+
+/// What a session is doing, as it says itself.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    /// The turn that runs.
+    pub(super) running: Option<relay::Watch<Item>>,
+    /// The response that upstream remembers on its socket.
+    pub(super) head: Option<Arc<str>>,
+    /// When it last became idle.
+    pub(super) since: Instant,
+}
+
+/// A session, as others reach it.
+#[derive(Clone, Debug)]
+pub(super) struct Handle {
+    pub(super) scope: ScopeId,
+    pub(super) held: Held,
+    pub(super) jobs: mpsc::Sender<Job>,
+    pub(super) state: watch::Receiver<State>,
+    /// Turns that were sent to it and have not ended.
+    pub(super) queued: Arc<AtomicUsize>,
+    /// Asks it to end as soon as it is idle.
+    pub(super) retire: CancellationToken,
+}
+
+impl Handle {
+    /// Nothing runs and nothing waits.
+    pub(super) fn is_idle(&self) -> bool {
+        self.queued.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether upstream would know this response id.
+    pub(super) fn remembers(&self, response_id: &str) -> bool {
+        self.state.borrow().head.as_deref() == Some(response_id)
+    }
+
+    /// Whether the turn that runs, or ran last, has lost its client.
+    pub(super) fn is_abandoned(&self) -> bool {
+        let running = self.state.borrow().running.clone();
+        running.is_some_and(|running| running.is_abandoned())
+    }
+
+    /// Hurries an abandoned turn to its end, and waits for it at most `patience`.
+    pub(super) async fn hurry(&self, patience: Duration) {
+        let mut state = self.state.clone();
+        if let Some(running) = &state.borrow_and_update().running {
+            running.hurry();
+        }
+        drop(timeout(patience, state.wait_for(|state| state.running.is_none())).await);
+    }
+}
+
+/// The handles. Cheap to share.
+#[derive(Debug)]
+pub(super) struct Registry {
+    most: usize,
+    index: Mutex<Index>,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    leases: HashMap<LeaseId, Handle>,
+    keys: HashMap<(ScopeId, Key), LeaseId>,
+    heads: HashMap<(ScopeId, Arc<str>), LeaseId>,
+    claims: HashMap<(ScopeId, Key), Weak<tokio::sync::Mutex<()>>>,
+}
+
+impl Registry {
+    /// Room for `most` sessions.
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            most,
+            index: Mutex::default(),
+        }
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn by_lease(&self, scope: ScopeId, lease: LeaseId) -> Option<Handle> {
+        let index = self.index();
+        let handle = index.leases.get(&lease)?;
+        (handle.scope == scope).then(|| handle.clone())
+    }
+
+    pub(super) fn by_key(&self, scope: ScopeId, key: Key) -> Option<Handle> {
+        let index = self.index();
+        let lease = index.keys.get(&(scope, key))?;
+        index.leases.get(lease).cloned()
+    }
+
+    /// The session whose socket remembers a response.
+    pub(super) fn by_head(&self, scope: ScopeId, response_id: &str) -> Option<Handle> {
+        let index = self.index();
+        let lease = index.heads.get(&(scope, response_id.into()))?;
+        index.leases.get(lease).cloned()
+    }
+
+    /// Makes room for one more session, if it must at the cost of the one that has been idle longest. False: all are busy.
+    pub(super) fn make_room(&self) -> bool {
+        let index = self.index();
+        if index.leases.len() < self.most {
+            return true;
+        }
+        let idle = index.leases.values().filter(|handle| handle.is_idle());
+        let oldest = idle.min_by_key(|handle| handle.state.borrow().since);
+        match oldest {
+            Some(handle) => {
+                handle.retire.cancel();
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Enters a session. One that held the same lease before is told to retire: its generation is past.
+    pub(super) fn insert(&self, handle: Handle) {
+        let mut index = self.index();
+        let (scope, held) = (handle.scope, handle.held);
+        index.keys.insert((scope, held.key), held.lease);
+        if let Some(before) = index.leases.insert(held.lease, handle) {
+            before.retire.cancel();
+        }
+    }
+
+    /// Removes a session, unless its lease has a newer one.
+    pub(super) fn remove(&self, scope: ScopeId, held: &Held) {
+        let mut index = self.index();
+        let newest = index.leases.get(&held.lease);
+        if newest.is_some_and(|newest| newest.held.generation != held.generation) {
+            return;
+        }
+        index.leases.remove(&held.lease);
+        if index.keys.get(&(scope, held.key)) == Some(&held.lease) {
+            index.keys.remove(&(scope, held.key));
+        }
+    }
+
+    /// A session's socket remembers `now` instead of `before`.
+    pub(super) fn moved(
+        &self,
+        scope: ScopeId,
+        lease: LeaseId,
+        before: Option<&Arc<str>>,
+        now: Option<&Arc<str>>,
+    ) {
+        let mut index = self.index();
+        if let Some(before) = before {
+            index.heads.remove(&(scope, Arc::clone(before)));
+        }
+        if let Some(now) = now {
+            index.heads.insert((scope, Arc::clone(now)), lease);
+        }
+    }
+
+    /// One claim of a key at a time.
+    pub(super) async fn claiming(&self, scope: ScopeId, key: Key) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut index = self.index();
+            let known = index.claims.get(&(scope, key)).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                // Those of claims that are over go when there are many.
+                if index.claims.len() > self.most {
+                    index.claims.retain(|_, lock| lock.strong_count() > 0);
+                }
+                let lock = Arc::new(tokio::sync::Mutex::new(()));
+                index.claims.insert((scope, key), Arc::downgrade(&lock));
+                lock
+            })
+        };
+        lock.lock_owned().await
+    }
+
+    /// Tells every session to end as soon as it is idle.
+    pub(super) fn retire_all(&self) {
+        for handle in self.index().leases.values() {
+            handle.retire.cancel();
+        }
+    }
+
+    /// Tells the sessions of other incarnations of this process to end: their leases are not ours any more.
+    pub(super) fn retire_others(&self, boot: BootId) {
+        for handle in self.index().leases.values() {
+            if handle.held.boot != boot {
+                handle.retire.cancel();
+            }
+        }
+    }
+
+    /// Sessions, and those that are busy.
+    pub(super) fn count(&self) -> (usize, usize) {
+        let index = self.index();
+        let busy = index.leases.values().filter(|handle| !handle.is_idle());
+        (index.leases.len(), busy.count())
+    }
+}

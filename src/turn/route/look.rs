@@ -1,0 +1,249 @@
+//! What is known of a turn's conversation: its evidence, the session here, the row, the snapshot.
+
+use std::{sync::Arc, time::Duration};
+
+use super::Router;
+use crate::{
+    config,
+    ids::LeaseId,
+    lease::{self, Owner},
+    token,
+    turn::{
+        Inner, Transport,
+        affinity::affinity,
+        registry::Handle,
+        resolve::{Continuity, Evidence, Inputs, Key as KeyStrength, Local, Row as RowState},
+    },
+};
+
+/// A read or a compare-and-set of a lease.
+const STATEMENT: Duration = Duration::from_secs(2);
+
+/// There is nothing to resolve: the turn needs no lease.
+pub(super) struct NoSession;
+
+/// What the evidence names, and what is known of it.
+pub(super) struct Known {
+    pub(super) key: Option<(lease::Key, KeyStrength)>,
+    /// The lease that the evidence names.
+    pub(super) lease: Option<LeaseId>,
+    pub(super) local: Option<Handle>,
+    pub(super) row: Option<lease::Row>,
+    pub(super) inputs: Inputs,
+}
+
+impl Router {
+    /// Reads the evidence.
+    pub(super) async fn look(&mut self) -> Result<Known, NoSession> {
+        let engine = Arc::clone(&self.engine);
+        let facts = &self.ask.request.facts;
+        let affinity = affinity(&self.ask);
+        let key = affinity.as_ref().map(|affinity| {
+            let strength = if affinity.is_hard() {
+                KeyStrength::Hard
+            } else {
+                KeyStrength::Soft
+            };
+            (affinity.lease(), strength)
+        });
+        let socket = self.ask.transport == Transport::WebSocket;
+        let now = engine.upstream.clock().now().as_second();
+        let presented = self.ask.turn_state.as_deref();
+        let (mut evidence, mut lease) = match engine.tokens.read(presented, self.scope, now) {
+            token::Token::None => (Evidence::None, None),
+            token::Token::Good(lease) => (Evidence::Token, Some(lease)),
+            token::Token::Old(lease) => (Evidence::Old, Some(lease)),
+            token::Token::Invalid => (Evidence::Invalid, None),
+            token::Token::UnknownKey => (Evidence::UnknownKey, None),
+        };
+        // What a client's socket rode before is as good as a token; where a peer saw the lease is where to look.
+        if evidence == Evidence::None
+            && let Some(line) = self.ask.line
+        {
+            (evidence, lease) = (Evidence::Token, Some(line));
+        }
+        lease = lease.or(self.forwarded);
+        let previous = facts.previous_response_id.as_deref();
+        let mut local = lease.and_then(|lease| engine.sessions.by_lease(self.scope, lease));
+        let mut conflict = false;
+        let mut snapshot = false;
+        if let Some(id) = previous {
+            let remembers = local.as_ref().is_some_and(|local| local.remembers(id));
+            if let Some(handle) = engine
+                .sessions
+                .by_head(self.scope, id)
+                .filter(|_| !remembers)
+            {
+                conflict = lease.is_some_and(|lease| lease != handle.held.lease);
+                if !conflict && evidence != Evidence::Invalid {
+                    (evidence, lease) = (Evidence::Token, Some(handle.held.lease));
+                    local = Some(handle);
+                }
+            }
+            let known_here = local.as_ref().is_some_and(|local| local.remembers(id));
+            if !known_here && evidence != Evidence::Invalid {
+                match engine.within(engine.snapshots.find(self.scope, id)).await {
+                    Some(found) => {
+                        snapshot = found.as_ref().is_some_and(|found| found.complete);
+                        let named = found.and_then(|found| found.lease);
+                        if let Some(named) = named {
+                            conflict |= lease.is_some_and(|lease| lease != named);
+                            if lease.is_none() {
+                                (evidence, lease) = (Evidence::Token, Some(named));
+                                local = engine.sessions.by_lease(self.scope, named);
+                            }
+                        }
+                    }
+                    None => return Ok(self.away(evidence, key, lease, socket)),
+                }
+            }
+        }
+        if lease.is_none()
+            && let Some((key, _)) = key
+        {
+            local = engine.sessions.by_key(self.scope, key);
+        }
+        if engine.upstream.transport() == config::Transport::Http
+            || (lease.is_none() && key.is_none() && previous.is_none() && !socket)
+        {
+            // An invalid token is told as such whatever else would be done.
+            if evidence != Evidence::Invalid {
+                return Err(NoSession);
+            }
+        }
+        let me = engine.replica.boot();
+        local = local.filter(|handle| handle.held.boot == me);
+        let mut row = None;
+        // A session here is believed until a turn of it is fenced. A conversation that names nothing but its key is claimed unread: if it
+        // has an owner, the claim says so.
+        let named = lease.is_some() || previous.is_some();
+        let state = if evidence == Evidence::Invalid || (local.is_some() && !self.again) {
+            RowState::Mine
+        } else if !named && !self.again {
+            RowState::Free
+        } else {
+            let read = async {
+                match (lease, key) {
+                    (Some(lease), _) => engine.leases.by_id(me, self.scope, lease).await,
+                    (None, Some((key, _))) => engine.leases.by_key(me, self.scope, key).await,
+                    (None, None) => Ok(None),
+                }
+            };
+            match engine.within(read).await {
+                Some(found) => row = found,
+                None => return Ok(self.away(evidence, key, lease, socket)),
+            }
+            row_state(&engine, row.as_ref())
+        };
+        if let (Some(handle), true) = (&local, self.again)
+            && row.as_ref().map(|row| row.generation) != Some(handle.held.generation)
+        {
+            handle.retire.cancel();
+            engine.sessions.remove(self.scope, &handle.held);
+            local = None;
+        }
+        let remembers = |handle: &Handle| previous.is_none_or(|id| handle.remembers(id));
+        let local_state = match &local {
+            None => Local::None,
+            Some(handle) if handle.is_idle() => Local::Idle {
+                remembers: remembers(handle),
+            },
+            Some(handle) => Local::Busy {
+                remembers: remembers(handle),
+                abandoned: !self.hurried && handle.is_abandoned(),
+            },
+        };
+        let continuity = match previous {
+            None => Continuity::Optional,
+            Some(_) => Continuity::Required { snapshot },
+        };
+        let full = local.is_none() && !engine.sessions.make_room();
+        Ok(Known {
+            key,
+            lease,
+            local,
+            row,
+            inputs: Inputs {
+                evidence,
+                key: key.map_or(KeyStrength::None, |(_, strength)| strength),
+                local: local_state,
+                row: state,
+                continuity,
+                conflict,
+                draining: engine.is_closing(),
+                full,
+                forwarded: self.forwarded.is_some(),
+                socket: socket && !self.asked,
+            },
+        })
+    }
+
+    /// What is known while Postgres does not answer.
+    pub(super) fn away(
+        &self,
+        evidence: Evidence,
+        key: Option<(lease::Key, KeyStrength)>,
+        lease: Option<LeaseId>,
+        socket: bool,
+    ) -> Known {
+        let required = self.ask.request.facts.previous_response_id.is_some();
+        let continuity = if required {
+            Continuity::Required { snapshot: false }
+        } else {
+            Continuity::Optional
+        };
+        Known {
+            key,
+            lease,
+            local: None,
+            row: None,
+            inputs: Inputs {
+                evidence,
+                key: key.map_or(KeyStrength::None, |(_, strength)| strength),
+                local: Local::None,
+                row: RowState::Unknown,
+                continuity,
+                conflict: false,
+                draining: self.engine.is_closing(),
+                full: false,
+                forwarded: self.forwarded.is_some(),
+                socket,
+            },
+        }
+    }
+}
+
+/// What a row says to `resolve`.
+fn row_state(engine: &Inner, row: Option<&lease::Row>) -> RowState {
+    match row.map(|row| &row.owner) {
+        None => RowState::Absent,
+        Some(Owner::Nobody) => RowState::Free,
+        Some(Owner::Me) => RowState::Mine,
+        Some(Owner::Dead) => RowState::Dead,
+        Some(Owner::Other {
+            endpoint, draining, ..
+        }) => RowState::Remote {
+            forwardable: engine.peers.is_some() && endpoint.is_some() && !draining,
+        },
+    }
+}
+
+impl Inner {
+    /// The answer of a statement; `None` when Postgres does not give one in time.
+    pub(super) async fn within<T, E: std::fmt::Display>(
+        &self,
+        statement: impl Future<Output = Result<T, E>>,
+    ) -> Option<T> {
+        match tokio::time::timeout(STATEMENT, statement).await {
+            Ok(Ok(value)) => Some(value),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "continuity cannot be read");
+                None
+            }
+            Err(_) => {
+                tracing::warn!("continuity cannot be read within 2 s");
+                None
+            }
+        }
+    }
+}
