@@ -4,231 +4,18 @@
 //! but are not are warned about, with the nearest real one; those that Kubernetes injects for a Service are ignored.
 
 mod faults;
+mod settings;
 mod unknown;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::Args;
 use redis::IntoConnectionInfo as _;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use self::faults::{Faults, address, duration, url};
-pub use self::unknown::unknown_names;
+use self::settings::NAMES;
+pub use self::{settings::Settings, unknown::unknown_names};
 use crate::telemetry::LogFormat;
-
-/// The settings as given. Each is a flag and an environment variable.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Settings")]
-pub struct Settings {
-    /// Address for clients [default: 127.0.0.1:2455]
-    #[arg(long, global = true, env = "DRAWBRIDGE_LISTEN", value_name = "ADDR")]
-    listen: Option<String>,
-    /// Address for other replicas, which must reach it; unset = turns are not forwarded to this one
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_INTERNAL_LISTEN",
-        value_name = "ADDR"
-    )]
-    internal_listen: Option<String>,
-    /// How other replicas reach it [default: <http://the> address above]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_INTERNAL_URL",
-        value_name = "URL"
-    )]
-    internal_url: Option<String>,
-    /// Address for /metrics, /livez and /readyz [default: 127.0.0.1:9464]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_ADMIN_LISTEN",
-        value_name = "ADDR"
-    )]
-    admin_listen: Option<String>,
-    /// Name of this replica in logs and tables [default: the host name]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_REPLICA_NAME",
-        value_name = "NAME"
-    )]
-    replica_name: Option<String>,
-    /// Postgres, possibly through a transaction pooler; unset = an embedded cluster in the data directory
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_DATABASE_URL",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    database_url: Option<SecretText>,
-    /// Postgres itself, for heartbeats and notifications [default: the same as above]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_DATABASE_DIRECT_URL",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    database_direct_url: Option<SecretText>,
-    /// Redis, which tells replicas of changes faster where the database cannot; redis:// or rediss://
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_REDIS_URL",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    redis_url: Option<SecretText>,
-    /// Whether `serve` applies migrations [default: true]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_MIGRATE_ON_START",
-        value_name = "BOOL"
-    )]
-    migrate_on_start: Option<String>,
-    /// Embedded cluster and generated master key [default: ~/.drawbridge, as root /var/lib/drawbridge]
-    #[arg(long, global = true, env = "DRAWBRIDGE_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
-    /// id:base64(32 bytes), comma separated, the current one first
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_MASTER_KEYS",
-        value_name = "KEYS",
-        hide_env_values = true
-    )]
-    master_keys: Option<SecretText>,
-    /// A file with the same content
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_MASTER_KEYS_FILE",
-        value_name = "FILE"
-    )]
-    master_keys_file: Option<PathBuf>,
-    /// The Codex backend [default: <https://chatgpt.com/backend-api>]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_UPSTREAM_URL",
-        value_name = "URL"
-    )]
-    upstream_url: Option<String>,
-    /// The token endpoint's origin [default: <https://auth.openai.com>]
-    #[arg(long, global = true, env = "DRAWBRIDGE_AUTH_URL", value_name = "URL")]
-    auth_url: Option<String>,
-    /// PEM file with further roots for upstream's certificates
-    #[arg(long, global = true, env = "DRAWBRIDGE_CA_FILE", value_name = "FILE")]
-    ca_file: Option<PathBuf>,
-    /// auto, http or websocket [default: auto]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_UPSTREAM_TRANSPORT",
-        value_name = "WORD"
-    )]
-    upstream_transport: Option<String>,
-    /// auto (loopback may go without until a key exists) or always [default: auto]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_REQUIRE_API_KEY",
-        value_name = "WORD"
-    )]
-    require_api_key: Option<String>,
-    /// After SIGTERM: still served, but unready [default: 5s]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_DRAIN_DELAY",
-        value_name = "TIME"
-    )]
-    drain_delay: Option<String>,
-    /// Then running turns may end [default: 600s]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_DRAIN_GRACE",
-        value_name = "TIME"
-    )]
-    drain_grace: Option<String>,
-    /// Age at which the request log is deleted [default: 30]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_RETENTION_DAYS",
-        value_name = "DAYS"
-    )]
-    retention_days: Option<String>,
-    /// Tracing filter [default: info]
-    #[arg(long, global = true, env = "DRAWBRIDGE_LOG", value_name = "FILTER")]
-    log: Option<String>,
-    /// text or json [default: text]
-    #[arg(
-        long,
-        global = true,
-        env = "DRAWBRIDGE_LOG_FORMAT",
-        value_name = "WORD"
-    )]
-    log_format: Option<String>,
-    /// For tests: multiplies the times of the protocol between replicas, which must all use the same
-    #[arg(
-        long,
-        global = true,
-        hide = true,
-        env = "DRAWBRIDGE_TEST_TIME_SCALE",
-        value_name = "FACTOR"
-    )]
-    test_time_scale: Option<String>,
-}
-
-/// Text that does not print.
-#[derive(Clone)]
-struct SecretText(SecretString);
-
-impl From<&str> for SecretText {
-    fn from(text: &str) -> Self {
-        Self(SecretString::from(text))
-    }
-}
-
-impl fmt::Debug for SecretText {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("..")
-    }
-}
-
-/// Every name that [`Settings`] reads from the environment.
-const NAMES: [&str; 24] = [
-    "DRAWBRIDGE_LISTEN",
-    "DRAWBRIDGE_INTERNAL_LISTEN",
-    "DRAWBRIDGE_INTERNAL_URL",
-    "DRAWBRIDGE_ADMIN_LISTEN",
-    "DRAWBRIDGE_REPLICA_NAME",
-    "DRAWBRIDGE_DATABASE_URL",
-    "DRAWBRIDGE_DATABASE_DIRECT_URL",
-    "DRAWBRIDGE_REDIS_URL",
-    "DRAWBRIDGE_MIGRATE_ON_START",
-    "DRAWBRIDGE_DATA_DIR",
-    "DRAWBRIDGE_MASTER_KEYS",
-    "DRAWBRIDGE_MASTER_KEYS_FILE",
-    "DRAWBRIDGE_UPSTREAM_URL",
-    "DRAWBRIDGE_AUTH_URL",
-    "DRAWBRIDGE_CA_FILE",
-    "DRAWBRIDGE_UPSTREAM_TRANSPORT",
-    "DRAWBRIDGE_REQUIRE_API_KEY",
-    "DRAWBRIDGE_DRAIN_DELAY",
-    "DRAWBRIDGE_DRAIN_GRACE",
-    "DRAWBRIDGE_RETENTION_DAYS",
-    "DRAWBRIDGE_LOG",
-    "DRAWBRIDGE_LOG_FORMAT",
-    "DRAWBRIDGE_TEST_TIME_SCALE",
-    "DRAWBRIDGE_KEY",
-];
 
 /// The checked settings.
 #[derive(Clone, Debug)]
@@ -261,6 +48,10 @@ pub struct Config {
     pub retention_days: u16,
     /// Logs.
     pub log: Log,
+    /// What is kept of finished responses.
+    pub snapshots: Snapshots,
+    /// Sessions at once.
+    pub max_sessions: usize,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
     pub time_scale: f64,
 }
@@ -358,6 +149,17 @@ pub enum Transport {
     Http,
     /// Always a WebSocket.
     WebSocket,
+}
+
+/// What is kept of finished responses, so that a conversation can be told again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Snapshots {
+    /// What the client has not proved to keep itself.
+    Auto,
+    /// Everything.
+    Full,
+    /// Nothing.
+    Off,
 }
 
 /// Whether a request may go without a key.
@@ -540,6 +342,25 @@ impl Settings {
                     },
                 ),
             },
+            snapshots: faults.parse(
+                "DRAWBRIDGE_SNAPSHOTS",
+                self.snapshots,
+                "auto",
+                "auto, full or off",
+                |text| match text {
+                    "auto" => Some(Snapshots::Auto),
+                    "full" => Some(Snapshots::Full),
+                    "off" => Some(Snapshots::Off),
+                    _ => None,
+                },
+            ),
+            max_sessions: faults.parse(
+                "DRAWBRIDGE_MAX_SESSIONS",
+                self.max_sessions,
+                "4096",
+                "a number from 1",
+                |text| text.parse().ok().filter(|most| *most > 0),
+            ),
             time_scale: faults.parse(
                 "DRAWBRIDGE_TEST_TIME_SCALE",
                 self.test_time_scale,

@@ -4,6 +4,10 @@
 //! [`Code`] is the catalogue: one row per case, stable strings. Upstream's own refusals are passed on as upstream worded them. Nothing
 //! here carries a token, a prompt or the text of an internal error.
 
+mod bridge;
+#[cfg(test)]
+mod tests;
+
 use std::{borrow::Cow, fmt, time::Duration};
 
 use axum::{
@@ -13,6 +17,7 @@ use axum::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
+pub use self::bridge::for_codex_socket;
 use crate::{
     protocol::{
         contract::{ErrorObject, error_frame},
@@ -38,6 +43,20 @@ pub enum Code {
     UnsupportedInputImage,
     /// `previous_response_id` is known to nobody here.
     PreviousResponseNotFound,
+    /// The turn-state token is damaged, forged or of another scope.
+    BridgeTokenInvalid,
+    /// Another replica holds the conversation, and turns are not sent there.
+    BridgeWrongInstance,
+    /// The conversation of the token is gone.
+    BridgeSessionExpired,
+    /// Token and response name different conversations.
+    ContinuityConflict,
+    /// The replica that holds the conversation does not answer.
+    BridgeOwnerUnreachable,
+    /// This replica is leaving.
+    BridgeDrainActive,
+    /// There is no room for one more session, or turn of a session.
+    BridgeCapacity,
     /// No key, or not a valid one.
     InvalidApiKey,
     /// The key has expired.
@@ -91,12 +110,19 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 32] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
         Self::UnsupportedInputImage,
         Self::PreviousResponseNotFound,
+        Self::BridgeTokenInvalid,
+        Self::BridgeWrongInstance,
+        Self::BridgeSessionExpired,
+        Self::ContinuityConflict,
+        Self::BridgeOwnerUnreachable,
+        Self::BridgeDrainActive,
+        Self::BridgeCapacity,
         Self::InvalidApiKey,
         Self::ExpiredApiKey,
         Self::ModelNotAllowed,
@@ -145,6 +171,39 @@ impl Code {
                 "previous_response_not_found",
                 invalid,
                 None,
+            ),
+            Self::BridgeTokenInvalid => {
+                row(StatusCode::CONFLICT, "bridge_token_invalid", invalid, None)
+            }
+            Self::BridgeWrongInstance => {
+                row(StatusCode::CONFLICT, "bridge_wrong_instance", server, None)
+            }
+            Self::BridgeSessionExpired => row(
+                StatusCode::CONFLICT,
+                "bridge_session_expired",
+                invalid,
+                None,
+            ),
+            Self::ContinuityConflict => {
+                row(StatusCode::CONFLICT, "continuity_conflict", invalid, None)
+            }
+            Self::BridgeOwnerUnreachable => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "bridge_owner_unreachable",
+                server,
+                Some(1),
+            ),
+            Self::BridgeDrainActive => row(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "bridge_drain_active",
+                server,
+                Some(1),
+            ),
+            Self::BridgeCapacity => row(
+                StatusCode::TOO_MANY_REQUESTS,
+                "bridge_capacity",
+                "rate_limit_error",
+                Some(1),
             ),
             Self::InvalidApiKey => row(
                 StatusCode::UNAUTHORIZED,
@@ -446,23 +505,27 @@ impl From<Stop> for ApiError {
     fn from(stop: Stop) -> Self {
         match stop {
             Stop::Upstream(failure, _) => failure.into(),
-            Stop::Exhausted { resets_at } => {
-                Self::new(Code::UsageLimitReached, "Every account of the pool has reached its usage limit.").resets_at(Some(resets_at))
-            }
+            Stop::Exhausted { resets_at } => Self::new(
+                Code::UsageLimitReached,
+                "Every account of the pool has reached its usage limit.",
+            )
+            .resets_at(Some(resets_at)),
             // Why is in the log: it speaks of accounts that are none of the client's business.
             Stop::Nobody { .. } => Self::new(
                 Code::NoAccounts,
                 "No account of the pool can serve this request at the moment.",
             ),
-            Stop::PreviousResponseNotFound => Self::new(
-                Code::PreviousResponseNotFound,
-                "The previous response is not known here any more; send the whole conversation without previous_response_id.",
-            )
-            .param(Some("previous_response_id".into())),
-            Stop::Unavailable => {
-                Self::new(Code::ContinuityUnavailable, "The request cannot be booked at the moment, so it was not sent; try again.")
-            }
-            Stop::SlowConsumer => Self::new(Code::SlowConsumer, "The response was not read for a minute, so it was cancelled."),
+            Stop::PreviousResponseNotFound => bridge::not_found(),
+            Stop::Rejected(reject, wait) => bridge::rejected(reject, wait),
+            Stop::Invalid(invalid) => (*invalid).into(),
+            Stop::Unavailable => Self::new(
+                Code::ContinuityUnavailable,
+                "The request cannot be booked at the moment, so it was not sent; try again.",
+            ),
+            Stop::SlowConsumer => Self::new(
+                Code::SlowConsumer,
+                "The response was not read for a minute, so it was cancelled.",
+            ),
             Stop::Cancelled => Self::new(Code::Cancelled, "The service is restarting; try again."),
         }
     }
@@ -507,77 +570,4 @@ impl IntoResponse for ApiError {
 fn seconds(duration: Duration) -> HeaderValue {
     let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
     HeaderValue::from(seconds)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use serde_json::Value;
-
-    use super::*;
-
-    #[test]
-    fn every_code_is_unique_and_none_is_a_500() {
-        let codes: HashSet<_> = Code::ALL.iter().map(|code| code.as_str()).collect();
-        assert_eq!(codes.len(), Code::ALL.len());
-        for code in Code::ALL {
-            assert!(
-                code.status().is_client_error() || code.status().is_server_error(),
-                "{code}"
-            );
-            assert_ne!(code.status(), StatusCode::INTERNAL_SERVER_ERROR, "{code}");
-        }
-    }
-
-    #[test]
-    fn a_plain_answer_and_a_frame_carry_the_same_error() {
-        let error = ApiError::new(Code::UsageLimitReached, "all used up")
-            .resets_at(Some(1_900_000_000))
-            .retry_after(Some(Duration::from_millis(1500)));
-        let frame: Value = serde_json::from_slice(&error.frame()).unwrap();
-        assert_eq!(frame["status"], 429);
-        assert_eq!(frame["error"]["resets_at"], 1_900_000_000);
-        assert_eq!(frame["headers"]["retry-after"], "2");
-        let response = error.into_response();
-        assert_eq!(response.status(), 429);
-        assert_eq!(response.headers()[header::RETRY_AFTER], "2");
-    }
-
-    #[test]
-    fn upstreams_words_are_passed_on_but_not_its_500s_and_not_the_state_of_an_account() {
-        let now = 1_800_000_000;
-        let failure = |status, body: &'static str| {
-            let status = StatusCode::from_u16(status).unwrap();
-            Failure::from_http(
-                status,
-                &HeaderMap::new(),
-                &Bytes::from_static(body.as_bytes()),
-                now,
-            )
-        };
-        let error = ApiError::from(failure(
-            400,
-            r#"{"error":{"message":"no","code":"context_length_exceeded"}}"#,
-        ));
-        assert_eq!(
-            (error.status().as_u16(), error.code_str()),
-            (400, "context_length_exceeded")
-        );
-        assert_eq!(ApiError::from(failure(500, "")).status(), 502);
-        let error = ApiError::from(failure(
-            401,
-            r#"{"error":{"message":"Your session has ended","code":"token_expired"}}"#,
-        ));
-        assert_eq!(
-            (error.status().as_u16(), error.code_str()),
-            (503, "no_accounts")
-        );
-        assert!(
-            !String::from_utf8(error.frame().to_vec())
-                .unwrap()
-                .contains("session")
-        );
-        assert_eq!(ApiError::from(Failure::truncated(now)).status(), 504);
-    }
 }

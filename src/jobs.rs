@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::{
-    account::sticky::Sticky, db::Db, ledger::Ledger, replica, task::Tasks, upstream::Upstream,
+    account::sticky::Sticky, db::Db, lease::Leases, ledger::Ledger, replica, snapshot::Snapshots,
+    task::Tasks, telemetry, turn::Engine, upstream::Upstream,
 };
 
 /// How often turns of dead replicas are looked for.
@@ -14,23 +15,37 @@ const PURGE: Duration = Duration::from_secs(600);
 const MENDED: Duration = Duration::from_secs(24 * 3600);
 /// How long dead replicas are remembered.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+/// How often what is counted now is told to the metrics.
+const GAUGES: Duration = Duration::from_secs(5);
 /// How often the model catalogues are read.
 const MODELS: Duration = Duration::from_secs(3600);
 /// ... and how soon again where that failed.
 const MODELS_AGAIN: Duration = Duration::from_secs(60);
 
+/// What the jobs work on.
+#[derive(Clone)]
+pub struct Parts {
+    /// For replicas, whose room keeps no state for this.
+    pub db: Db,
+    /// Turns and the request log.
+    pub ledger: Ledger,
+    /// Preferences.
+    pub sticky: Sticky,
+    /// Ownership.
+    pub leases: Leases,
+    /// Histories.
+    pub snapshots: Snapshots,
+    /// Model catalogues.
+    pub upstream: Upstream,
+    /// Sessions.
+    pub engine: Engine,
+}
+
 /// Starts every job.
-pub fn start(
-    tasks: &Tasks,
-    db: &Db,
-    ledger: &Ledger,
-    sticky: &Sticky,
-    upstream: &Upstream,
-    retention_days: u16,
-) {
-    let swept = ledger.clone();
+pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
+    let ledger = parts.ledger.clone();
     tasks.periodic("sweep", SWEEP, move || {
-        let ledger = swept.clone();
+        let ledger = ledger.clone();
         async move {
             match ledger.sweep().await {
                 Ok(0) => {}
@@ -41,25 +56,19 @@ pub fn start(
             }
         }
     });
-    let (db, ledger, sticky) = (db.clone(), ledger.clone(), sticky.clone());
+    let purged = parts.clone();
     tasks.periodic("purge", PURGE, move || {
-        let (db, ledger, sticky) = (db.clone(), ledger.clone(), sticky.clone());
-        async move {
-            if let Err(error) = ledger.mend(MENDED).await {
-                tracing::warn!(%error, "cannot complete the request log");
-            }
-            if let Err(error) = ledger.delete_older_than(retention_days).await {
-                tracing::warn!(%error, "cannot delete old rows of the request log");
-            }
-            if let Err(error) = sticky.purge_expired().await {
-                tracing::warn!(%error, "cannot delete old sticky sessions");
-            }
-            if let Err(error) = replica::prune(&db, REMEMBERED).await {
-                tracing::warn!(%error, "cannot forget replicas that died long ago");
-            }
-        }
+        let parts = purged.clone();
+        async move { parts.purge(retention_days).await }
     });
-    let (upstream, stop) = (upstream.clone(), tasks.stopping());
+    let engine = parts.engine.clone();
+    tasks.periodic("sessions", GAUGES, move || {
+        let (sessions, busy) = engine.sessions();
+        telemetry::set("drawbridge_sessions", sessions as u64);
+        telemetry::set("drawbridge_sessions_busy", busy as u64);
+        std::future::ready(())
+    });
+    let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());
     drop(tasks.spawn("models", async move {
         let refresh = async {
             loop {
@@ -70,4 +79,28 @@ pub fn start(
         };
         stop.run_until_cancelled(refresh).await;
     }));
+}
+
+impl Parts {
+    /// Deletes what is old, each kind by its own rule.
+    async fn purge(&self, retention_days: u16) {
+        if let Err(error) = self.ledger.mend(MENDED).await {
+            tracing::warn!(%error, "cannot complete the request log");
+        }
+        if let Err(error) = self.ledger.delete_older_than(retention_days).await {
+            tracing::warn!(%error, "cannot delete old rows of the request log");
+        }
+        if let Err(error) = self.sticky.purge_expired().await {
+            tracing::warn!(%error, "cannot delete old sticky sessions");
+        }
+        if let Err(error) = self.snapshots.purge().await {
+            tracing::warn!(%error, "cannot delete old snapshots");
+        }
+        if let Err(error) = self.leases.purge().await {
+            tracing::warn!(%error, "cannot delete old leases");
+        }
+        if let Err(error) = replica::prune(&self.db, REMEMBERED).await {
+            tracing::warn!(%error, "cannot forget replicas that died long ago");
+        }
+    }
 }

@@ -19,13 +19,15 @@ use crate::{
     bus::{Bus, Redis},
     config::{Config, Drain},
     db::{Db, Installation},
-    ingress, jobs,
+    forward, ingress, jobs,
+    lease::Leases,
     ledger::Ledger,
     quota::Quota,
     replica::{Replica, Timing},
     secret::KeyRing,
+    snapshot::Snapshots,
     task::Tasks,
-    telemetry, turn,
+    telemetry, token, turn,
     upstream::Upstream,
 };
 
@@ -56,9 +58,28 @@ pub async fn run(
     let signals = signals()?;
     let client = bind("DRAWBRIDGE_LISTEN", config.listen).await?;
     let admin = bind("DRAWBRIDGE_ADMIN_LISTEN", config.admin_listen).await?;
-    let server = Server::start(&config, db, ring, installation, client, admin).await?;
+    let internal = match &config.internal {
+        Some(internal) => Some(bind("DRAWBRIDGE_INTERNAL_LISTEN", internal.listen).await?),
+        None => None,
+    };
+    let listeners = Listeners {
+        client,
+        admin,
+        internal,
+    };
+    let server = Server::start(&config, db, ring, installation, listeners).await?;
     welcome(&server, &config).await;
     Ok(server.until(signals, config.drain).await)
+}
+
+/// Bound sockets.
+pub struct Listeners {
+    /// For clients.
+    pub client: TcpListener,
+    /// For metrics and probes.
+    pub admin: TcpListener,
+    /// For other replicas.
+    pub internal: Option<TcpListener>,
 }
 
 /// A started service. Tests start several in one process.
@@ -88,49 +109,84 @@ impl Server {
         db: Db,
         ring: KeyRing,
         installation: Installation,
-        client: TcpListener,
-        admin: TcpListener,
+        listeners: Listeners,
     ) -> anyhow::Result<Self> {
+        let Listeners {
+            client,
+            admin,
+            internal,
+        } = listeners;
         telemetry::recorder();
         let tasks = Tasks::new();
         let phase = Phase::default();
         db.learn_time().await?;
         let bus = Bus::connect(&db).await?;
-        let endpoint = config
-            .internal
-            .as_ref()
-            .map(|internal| internal.endpoint(internal.listen));
+        let endpoint = match (&config.internal, &internal) {
+            (Some(config), Some(bound)) => Some(config.endpoint(bound.local_addr()?)),
+            _ => None,
+        };
         let timing = Timing::FULL.scaled(config.time_scale);
         let replica = Replica::register(&db, &config.replica_name, endpoint, timing).await?;
-        let accounts = Accounts::new(db.clone(), ring, installation.pepper.clone());
+        let accounts = Accounts::new(db.clone(), ring.clone(), installation.pepper.clone());
+        let leases = Leases::new(db.clone());
+        let snapshots = Snapshots::new(db.clone(), ring.clone(), config.snapshots);
         let sticky = Sticky::new(db.clone());
         let quota = Quota::load(&db, &bus, &tasks).await?;
         let keys = ApiKeys::load(&db, &bus, installation.pepper, &tasks).await?;
         let ledger = Ledger::new(db.clone(), replica.boots(), &tasks);
         let upstream =
             Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
+        let forwarding = forward::Keys::new(&ring);
+        let peers = match internal {
+            Some(_) => Some(turn::Peers::new(forward::Client::new(forwarding.clone())?)),
+            None => None,
+        };
         let engine = turn::Engine::new(
-            upstream.clone(),
-            accounts.clone(),
-            quota.clone(),
-            sticky.clone(),
-            ledger.clone(),
+            turn::Parts {
+                upstream: upstream.clone(),
+                accounts: accounts.clone(),
+                quota: quota.clone(),
+                sticky: sticky.clone(),
+                ledger: ledger.clone(),
+                replica: replica.clone(),
+                leases: leases.clone(),
+                snapshots: snapshots.clone(),
+                tokens: token::Keys::new(ring.derived("bridge-turn-token/v3")),
+                keys: keys.clone(),
+                peers,
+                max_sessions: config.max_sessions,
+            },
             &tasks,
         );
+        let following = engine.clone().follow_incarnations();
+        let stop = tasks.stopping();
+        drop(tasks.spawn("incarnations", async move {
+            stop.run_until_cancelled(following).await;
+        }));
+        if let Some(internal) = internal {
+            let owner = turn::Receiving(engine.clone());
+            let router = forward::router(owner, forwarding, replica.boots(), db.clock().clone());
+            tasks.essential(
+                "peers",
+                connection::accept(internal, router, phase.clone(), tasks.clone()),
+            );
+        }
         if let Some(url) = &config.redis {
             let redis = Redis::new(&url.0).context("DRAWBRIDGE_REDIS_URL")?;
             tasks.essential("redis", bus.clone().over_redis(redis, tasks.clone()));
         }
         tasks.essential("bus", bus.run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
-        jobs::start(
-            &tasks,
-            &db,
-            &ledger,
-            &sticky,
-            &upstream,
-            config.retention_days,
-        );
+        let parts = jobs::Parts {
+            db: db.clone(),
+            ledger: ledger.clone(),
+            sticky,
+            leases,
+            snapshots,
+            upstream: upstream.clone(),
+            engine: engine.clone(),
+        };
+        jobs::start(&tasks, &parts, config.retention_days);
 
         let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
         let state = Arc::new(ingress::State {
@@ -203,6 +259,7 @@ impl Server {
         }
         tokio::time::sleep(drain.delay).await;
         self.phase.closing.cancel();
+        self.engine.close();
         let clean = self.engine.idle(drain.grace).await;
         if !clean {
             tracing::warn!(

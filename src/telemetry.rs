@@ -99,6 +99,28 @@ pub fn attempt_failed(class: &'static str, next: &'static str) {
     counter!("drawbridge_attempt_failures_total", "class" => class, "next" => next).increment(1);
 }
 
+/// A conversation was continued, or not: an outcome and its reason, both words of `turn::resolve`.
+pub fn bridge(outcome: &'static str, reason: &'static str) {
+    counter!("drawbridge_bridge_outcomes_total", "outcome" => outcome, "reason" => reason)
+        .increment(1);
+}
+
+/// A lease was not ours any more when a turn began or finished (`op`).
+pub fn fenced(op: &'static str) {
+    counter!("drawbridge_fence_rejections_total", "op" => op).increment(1);
+}
+
+/// A lease was to be taken from an owner that is silent, or not needed.
+pub fn take(taken: bool) {
+    let result = if taken { "taken" } else { "refused" };
+    counter!("drawbridge_takes_total", "result" => result).increment(1);
+}
+
+/// A turn of a peer was refused.
+pub fn forward_refused(why: &'static str) {
+    counter!("drawbridge_forward_refusals_total", "why" => why).increment(1);
+}
+
 /// Something that must be counted although nobody waits for it, by a fixed name.
 pub fn count(name: &'static str) {
     counter!(name).increment(1);

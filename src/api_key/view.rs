@@ -100,6 +100,18 @@ impl ApiKeys {
         Ok(key)
     }
 
+    /// A key that a peer has let in, for its own clients: by its id, and only while it is good here, too.
+    ///
+    /// # Errors
+    /// Why the key does not come in.
+    pub fn by_id(&self, id: ApiKeyId) -> Result<Arc<Key>, AuthError> {
+        let view = self.0.view.borrow();
+        let mut keys = view.keys.values();
+        let key = keys.find(|key| key.id == id).ok_or(AuthError::Unknown)?;
+        key.check(self.0.db.clock().now())?;
+        Ok(Arc::clone(key))
+    }
+
     /// Whether a key was ever created; revoked ones count.
     #[must_use]
     pub fn any_created(&self) -> bool {

@@ -190,7 +190,7 @@ impl Stream for EventStream {
                         size += event.len();
                         self.write(event);
                     }
-                    Poll::Ready(Some(Item::Head(_))) => {}
+                    Poll::Ready(Some(Item::Begun(_) | Item::Head(_))) => {}
                     Poll::Ready(Some(Item::End(end))) => {
                         self.ended = true;
                         if let End::Failed(stop) = end {
@@ -256,7 +256,7 @@ pub(super) fn explain(stop: Stop) -> (ApiError, Option<Event>) {
 /// Collects a turn into the one object of a request that does not stream.
 pub(super) async fn collect(
     first: Option<Event>,
-    mut items: Receiver<Item>,
+    items: &mut Receiver<Item>,
     now: i64,
 ) -> Result<Bytes, ApiError> {
     let mut collector = Collector::new();
@@ -266,7 +266,7 @@ pub(super) async fn collect(
     loop {
         match items.recv().await {
             Some(Item::Event(event)) => collector.push(event.kind(), &event.data()),
-            Some(Item::Head(_)) => {}
+            Some(Item::Begun(_) | Item::Head(_)) => {}
             Some(Item::End(End::Complete)) | None => break,
             Some(Item::End(End::Failed(stop))) => return Err((*stop).into()),
         }

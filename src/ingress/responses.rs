@@ -31,6 +31,9 @@ const HEAD_PATIENCE: Duration = Duration::from_secs(20);
 /// Bodies above this are parsed off the workers.
 const LARGE: usize = 1 << 20;
 
+/// Brings a client back to its conversation.
+pub(super) const TURN_STATE: HeaderName = HeaderName::from_static("x-codex-turn-state");
+
 type Shared = extract::State<Arc<State>>;
 
 /// `POST /backend-api/codex/responses`.
@@ -130,6 +133,9 @@ async fn ask(
     let (request, held) = understood
         .await
         .map_err(|error: ApiError| error.headers(limits(state, &caller)))?;
+    let turn_state = headers
+        .get(TURN_STATE)
+        .map(|value| Bytes::copy_from_slice(value.as_bytes()));
     Ok(Ask {
         id: TurnId::new(),
         caller,
@@ -137,6 +143,9 @@ async fn ask(
         transport: Transport::Http,
         request,
         headers,
+        turn_state,
+        line: None,
+        forwarded: None,
         held,
         arrived,
     })
@@ -176,21 +185,25 @@ pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderV
 
 /// What a turn showed first.
 enum First {
-    /// Upstream's headers, and an event.
-    Event(HeaderMap, Option<Event>),
+    /// An event, or a completed turn without any.
+    Event(Option<Event>),
     /// Nothing yet.
     Silence,
     /// It ended without anything to show.
     End(Stop),
 }
 
-async fn first(items: &mut Receiver<Item>) -> First {
-    let mut head = HeaderMap::new();
+/// Waits for what a turn shows first. `head` is filled as it becomes known: the token already when the turn begins.
+async fn first(items: &mut Receiver<Item>, head: &mut HeaderMap) -> First {
     loop {
         match items.recv().await {
-            Some(Item::Head(headers)) => head = headers,
-            Some(Item::Event(event)) => return First::Event(head, Some(event)),
-            Some(Item::End(End::Complete)) => return First::Event(head, None),
+            Some(Item::Begun(token)) => {
+                let value = token.and_then(|token| HeaderValue::try_from(token.text).ok());
+                head.extend(value.map(|value| (TURN_STATE, value)));
+            }
+            Some(Item::Head(headers)) => head.extend(headers),
+            Some(Item::Event(event)) => return First::Event(Some(event)),
+            Some(Item::End(End::Complete)) => return First::Event(None),
             Some(Item::End(End::Failed(stop))) => return First::End(*stop),
             None => return First::End(Stop::Cancelled),
         }
@@ -203,16 +216,17 @@ async fn stream(
     dialect: Dialect,
     id: TurnId,
 ) -> Result<Response, ApiError> {
-    let first = timeout(HEAD_PATIENCE, first(&mut items))
+    let mut head = HeaderMap::new();
+    let first = timeout(HEAD_PATIENCE, first(&mut items, &mut head))
         .await
         .unwrap_or(First::Silence);
-    let (head, event, ended) = match first {
-        First::Event(head, event) => (head, event, false),
-        First::Silence => (HeaderMap::new(), None, false),
+    let (event, ended) = match first {
+        First::Event(event) => (event, false),
+        First::Silence => (None, false),
         First::End(stop) => match encode::explain(stop) {
             // The Codex client reads more out of upstream's own event than out of a status.
-            (_, Some(event)) if dialect == Dialect::Codex => (HeaderMap::new(), Some(event), true),
-            (error, _) => return Err(error),
+            (_, Some(event)) if dialect == Dialect::Codex => (Some(event), true),
+            (error, _) => return Err(error.headers(head.iter().map(owned))),
         },
     };
     let events = encode::EventStream::new(
@@ -239,13 +253,29 @@ async fn stream(
 }
 
 async fn collected(state: &State, mut items: Receiver<Item>) -> Result<Response, ApiError> {
-    let (head, event) = match first(&mut items).await {
-        First::Event(head, event) => (head, event),
-        First::Silence => (HeaderMap::new(), None),
+    let mut head = HeaderMap::new();
+    match object(state, &mut items, &mut head).await {
+        Ok(object) => Ok(json(head, object)),
+        Err(error) => Err(error.headers(head.iter().map(owned))),
+    }
+}
+
+fn owned((name, value): (&HeaderName, &HeaderValue)) -> (HeaderName, HeaderValue) {
+    (name.clone(), value.clone())
+}
+
+/// The one object of a turn.
+async fn object(
+    state: &State,
+    items: &mut Receiver<Item>,
+    head: &mut HeaderMap,
+) -> Result<Bytes, ApiError> {
+    let event = match first(items, head).await {
+        First::Event(event) => event,
+        First::Silence => None,
         First::End(stop) => return Err(stop.into()),
     };
-    let object = encode::collect(event, items, state.clock.now().as_second()).await?;
-    Ok(json(head, object))
+    encode::collect(event, items, state.clock.now().as_second()).await
 }
 
 /// Compaction: the same conversation with a trigger, of which one item comes back.
@@ -273,12 +303,8 @@ async fn compacted(
     let caller = ask.caller.clone();
     let answer = async {
         let mut items = state.engine.start(ask);
-        let (head, event) = match first(&mut items).await {
-            First::Event(head, event) => (head, event),
-            First::Silence => (HeaderMap::new(), None),
-            First::End(stop) => return Err(stop.into()),
-        };
-        let object = encode::collect(event, items, state.clock.now().as_second()).await?;
+        let mut head = HeaderMap::new();
+        let object = object(state, &mut items, &mut head).await?;
         let answer = compact::answer(&object);
         let answer = answer.ok_or_else(|| {
             ApiError::new(Code::UpstreamError, "Upstream returned no compaction item.")

@@ -1,4 +1,5 @@
-//! The Responses API over a WebSocket: one client, one session, one turn at a time.
+//! The Responses API over a WebSocket: one client, one turn at a time. Where its turns run is the engine's affair: the socket only
+//! remembers which lease the newest one ran on.
 
 use std::{
     sync::Arc,
@@ -21,15 +22,15 @@ use tokio_tungstenite::tungstenite;
 use super::{Dialect, Peer, Place, State, body, encode, gate, responses};
 use crate::{
     config::Transport,
-    error::{ApiError, Code},
-    ids::TurnId,
+    error::{ApiError, Code, for_codex_socket},
+    ids::{LeaseId, TurnId},
     protocol::{
         contract::failed_event,
         event::{self, Created, Kind},
         request::{self, Shape},
     },
     task,
-    turn::{self, Ask, Caller, End, Event, Item, Session, Stop, relay::Receiver},
+    turn::{self, Ask, Caller, End, Event, Item, Reject, Stop, Token, relay::Receiver},
 };
 
 /// One message from the client; as large as a body.
@@ -83,7 +84,6 @@ async fn accept(
         .into_response();
     }
     let pool = responses::limits(&state, &caller);
-    let session = state.engine.session();
     // The socket outlives its request: it counts as a task and as a connection until its end.
     let counted = state.tasks.token();
     let place = parts.extensions.get::<Place>().cloned();
@@ -98,7 +98,8 @@ async fn accept(
                 caller,
                 headers: parts.headers,
                 dialect,
-                session,
+                line: None,
+                codex: false,
                 socket,
             }
             .serve()
@@ -117,7 +118,10 @@ struct Client {
     /// Of the handshake.
     headers: HeaderMap,
     dialect: Dialect,
-    session: Session,
+    /// The lease that the newest turn ran on.
+    line: Option<LeaseId>,
+    /// Whether the newest turn showed a Codex client.
+    codex: bool,
     socket: WebSocket,
 }
 
@@ -253,6 +257,7 @@ impl Client {
             Dialect::OpenAi => "v1/responses",
         };
         let headers = self.headers.clone();
+        let turn_state = request.facts.client.turn_state.clone().map(Bytes::from);
         let ask = Ask {
             id: TurnId::new(),
             caller,
@@ -260,15 +265,14 @@ impl Client {
             transport: turn::Transport::WebSocket,
             request,
             headers,
+            turn_state,
+            line: self.line,
+            forwarded: None,
             held,
             arrived,
         };
-        self.state.engine.start_in(&self.session, ask).map_err(|_| {
-            ApiError::new(
-                Code::Overloaded,
-                "This socket takes no more responses; open another.",
-            )
-        })
+        self.codex = ask.is_codex();
+        Ok(self.state.engine.start(ask))
     }
 
     async fn relay(
@@ -297,11 +301,22 @@ impl Client {
                 }
                 self.event(event).await
             }
+            Some(Item::Begun(token)) => self.begun(token).await,
             Some(Item::Head(_)) => Ok(()),
             Some(Item::End(end)) => {
                 let ended = running.take();
                 match end {
                     End::Complete => Ok(()),
+                    // Elsewhere the client finds a replica that stays, without noticing.
+                    End::Failed(stop) if matches!(*stop, Stop::Rejected(Reject::Draining, _)) => {
+                        self.close(close_code::RESTART, "the service is restarting")
+                            .await;
+                        Err(Gone)
+                    }
+                    End::Failed(stop) if self.codex && for_codex_socket(&stop).is_some() => {
+                        let error = for_codex_socket(&stop).unwrap_or_else(|| (*stop).into());
+                        self.fail(ended, &error).await
+                    }
                     End::Failed(stop) => match encode::explain(*stop) {
                         (_, Some(event)) => self.event(event).await,
                         (error, None) => {
@@ -316,6 +331,22 @@ impl Client {
                 self.refuse(&Stop::Cancelled.into()).await
             }
         }
+    }
+
+    /// A Codex client is told how to come back, once per turn that came without a token of ours, before anything of upstream's.
+    async fn begun(&mut self, token: Option<Token>) -> Result<(), Gone> {
+        self.line = token.as_ref().map(|token| token.lease);
+        let Some(token) = token.filter(|token| token.fresh) else {
+            return Ok(());
+        };
+        if self.dialect != Dialect::Codex || !self.codex {
+            return Ok(());
+        }
+        let event = serde_json::json!({
+            "type": "response.metadata",
+            "headers": { "x-codex-turn-state": token.text },
+        });
+        self.event(Event::from_json(event.to_string())).await
     }
 
     /// Codex counts only events as signs of life; SDKs would stumble over one they do not know.

@@ -21,7 +21,7 @@ use super::limits::{Family, active_family};
 pub use decide::{Effect, MAX_ACCOUNTS, MAX_SAME_ACCOUNT, Next, Phase, Tries, decide};
 
 /// The deadlines of an attempt, each with a name of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Deadline {
     /// The connection was not up in time.
     Connect,
@@ -49,7 +49,7 @@ impl Deadline {
 }
 
 /// What kind of failure it is. It alone, with the phase, decides what happens next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Class {
     /// A usage or rate limit of the account, or a bare 429.
     RateLimit,
@@ -110,7 +110,7 @@ impl Class {
 }
 
 /// One classified failure. Its `Display` names class, status and code; the message is for the client alone.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Failure {
     /// What kind it is.
     pub class: Class,

@@ -17,7 +17,9 @@ pub use feed::{UsageReport, active_family, from_event, from_headers, from_usage}
 pub use pool::{PoolView, PoolWindow};
 
 /// The limit that a quota belongs to: `codex`, or that of a model or feature such as `codex_bengalfox`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct Family(Cow<'static, str>);
 
 impl Family {

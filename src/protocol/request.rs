@@ -9,6 +9,7 @@
 mod chat;
 mod client;
 mod fields;
+pub mod history;
 mod input;
 mod splice;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use http::HeaderMap;
 use memchr::memchr;
 
 pub use client::Client;
+use client::TURN_STATE;
 use splice::{Container, quoted};
 
 /// What the body must be read as, which depends on the route.
@@ -46,7 +48,7 @@ pub struct Request {
 }
 
 /// What the engine needs to know of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Facts {
     /// `model`; never empty.
     pub model: String,
@@ -172,18 +174,18 @@ const CARRIED: [(&str, &str); 5] = [
 impl Request {
     /// The `response.create` frame of this request.
     pub fn frame(&self) -> Bytes {
-        self.frame_with_headers(&HeaderMap::new())
+        self.frame_with(&HeaderMap::new(), None)
     }
 
     /// The `response.create` frame for a client that came over HTTP: what its headers say of the turn goes into
-    /// `client_metadata`, unless it is there already.
-    pub fn frame_with_headers(&self, headers: &HeaderMap) -> Bytes {
+    /// `client_metadata`, unless it is there already; so does the turn state that this socket's upstream gave.
+    pub fn frame_with(&self, headers: &HeaderMap, turn_state: Option<&str>) -> Bytes {
         let text = std::str::from_utf8(&self.body).expect("the body was read as UTF-8");
         let mut object = Container::object(text).expect("the body was read as an object");
         object.remove("type");
         object.remove("stream");
         object.remove("background");
-        carry(&mut object, headers);
+        carry(&mut object, headers, turn_state);
         let mut frame = object.finish().unwrap_or_else(|| text.to_owned());
         let open = frame.find('{').map_or(0, |at| at + 1);
         frame.replace_range(..open, r#"{"type":"response.create","#);
@@ -191,7 +193,7 @@ impl Request {
     }
 }
 
-fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
+fn carry(object: &mut Container<'_>, headers: &HeaderMap, turn_state: Option<&str>) {
     let raw = object.get("client_metadata").unwrap_or("null");
     let raw = if raw == "null" { "{}" } else { raw };
     let Ok(mut metadata) = Container::object(raw) else {
@@ -202,6 +204,9 @@ fn carry(object: &mut Container<'_>, headers: &HeaderMap) {
         if let Some(value) = value.filter(|_| metadata.get(key).is_none()) {
             metadata.set(key, quoted(value));
         }
+    }
+    if let Some(turn_state) = turn_state {
+        metadata.set(TURN_STATE, quoted(turn_state));
     }
     if let Some(edited) = metadata.finish() {
         object.set("client_metadata", edited);

@@ -11,6 +11,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("ids", &[]),
     ("protocol", &["ids"]),
     ("routing", &["ids", "protocol"]),
+    ("token", &["ids"]),
     ("telemetry", &[]),
     ("secret", &[]),
     ("task", &[]),
@@ -22,6 +23,9 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("quota", &["db", "bus", "task"]),
     ("api_key", &["db", "bus", "task"]),
     ("ledger", &["db", "bus", "task"]),
+    ("lease", &["db", "bus"]),
+    ("snapshot", &["config", "db", "bus", "task"]),
+    ("forward", &["db", "replica", "api_key", "task"]),
     (
         "upstream",
         &["config", "db", "bus", "task", "account", "quota"],
@@ -30,7 +34,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         "turn",
         &[
             "config", "db", "bus", "task", "account", "quota", "api_key", "ledger", "replica",
-            "upstream",
+            "lease", "snapshot", "upstream", "forward",
         ],
     ),
     ("error", &["turn"]),
@@ -44,7 +48,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "jobs",
         &[
-            "task", "db", "account", "quota", "ledger", "replica", "upstream", "turn",
+            "task", "db", "account", "quota", "lease", "ledger", "replica", "snapshot", "upstream",
+            "turn",
         ],
     ),
     ("server", ANY),
@@ -53,7 +58,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("main", ANY),
 ];
 const ANY: &[&str] = &["*"];
-const FLOOR_0: [&str; 3] = ["ids", "protocol", "routing"];
+const FLOOR_0: [&str; 4] = ["ids", "protocol", "routing", "token"];
 
 /// Lines of a file that is not a test.
 const CEILING: usize = 600;

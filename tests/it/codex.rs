@@ -34,17 +34,12 @@ async fn a_single_turn() {
         let run = codex.exec("say hi").await;
         assert_eq!(run.expect_answer(), "echo: say hi..", "{wire:?}");
         assert_eq!(run.errors(), [""; 0], "{wire:?}");
-        let transport = if wire == Wire::Sse {
-            "http"
-        } else {
-            "websocket"
-        };
+        // A conversation has a socket, whichever way its client speaks.
+        let attempts = house.upstream.attempts();
         assert!(
-            house
-                .upstream
-                .attempts()
+            attempts
                 .iter()
-                .all(|attempt| attempt.transport == transport)
+                .all(|attempt| attempt.transport == "websocket")
         );
         in_order(&house).await;
     }
@@ -85,13 +80,11 @@ async fn several_turns_in_one_process() {
                 "{wire:?}"
             );
         }
-        if wire == Wire::WebSocket {
-            assert_eq!(
-                house.upstream.state().sockets,
-                1,
-                "one upstream socket for the conversation"
-            );
-        }
+        assert_eq!(
+            house.upstream.state().sockets,
+            1,
+            "{wire:?}: one upstream socket for the conversation"
+        );
         in_order(&house).await;
     }
 }

@@ -18,12 +18,14 @@ async fn a_codex_turn_streams_and_is_booked_before_its_end() {
             .contains_key("x-codex-primary-used-percent")
     );
     assert!(response.headers().contains_key("x-request-id"));
+    let token = response.headers()["x-codex-turn-state"].to_str().unwrap();
     assert!(
-        !response.headers().contains_key("x-codex-turn-state"),
+        token.starts_with("http_turn_v3_"),
         "upstream's turn state is not the client's"
     );
     let events = events(response).await;
-    assert_eq!(events[0]["type"], "response.created");
+    assert_eq!(events[0]["type"], "codex.rate_limits", "the pool's");
+    assert_eq!(events[1]["type"], "response.created");
     assert_eq!(text_of(&events), "echo: say hi..");
     assert_eq!(events.last().unwrap()["type"], "response.completed");
 

@@ -3,11 +3,21 @@
 
 use std::time::{Duration, Instant};
 
-use drawbridge::{account::Listed, routing::Lifecycle};
+use drawbridge::{account::Listed, config::Transport, routing::Lifecycle};
 use futures_util::future::join_all;
 use loadtest::upstream::Upstream;
 
-use crate::support::house::{House, events, text_of};
+use crate::support::house::{House, Plan, events, text_of};
+
+/// A house whose turns each show their credential: an open socket is not asked for it again.
+async fn over_http(accounts: &'static [&'static str]) -> House {
+    House::planned(Plan {
+        accounts,
+        transport: Transport::Http,
+        ..Plan::default()
+    })
+    .await
+}
 
 /// A thread that stays with this account.
 async fn thread_at(house: &House, account: &str) -> String {
@@ -52,7 +62,7 @@ async fn fifty_turns_at_once_with_an_expired_token_cost_one_exchange() {
 
 #[tokio::test]
 async fn a_login_that_has_ended_costs_its_account_and_no_turn() {
-    let house = House::with(&["alice", "bob"]).await;
+    let house = over_http(&["alice", "bob"]).await;
     let thread = thread_at(&house, "alice").await;
     let alice = house.upstream.account("alice");
     alice.revoke();
@@ -91,7 +101,7 @@ async fn when_every_login_has_ended_the_client_reads_that_nobody_serves_and_noth
 
 #[tokio::test]
 async fn a_token_endpoint_that_fails_condemns_nobody() {
-    let house = House::with(&["alice", "bob"]).await;
+    let house = over_http(&["alice", "bob"]).await;
     let thread = thread_at(&house, "alice").await;
     let alice = house.upstream.account("alice");
     alice.expire();

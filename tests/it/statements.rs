@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 use drawbridge::{
     account, api_key, bus,
     db::{INSTALLATION_STATEMENTS, Stmt},
-    ledger, quota, replica,
+    lease, ledger, quota, replica, snapshot,
 };
 
 use crate::support::store::Store;
 
 /// The statements of each room that has a store.
-const STORES: [(&str, &[&Stmt]); 6] = [
+const STORES: [(&str, &[&Stmt]); 8] = [
     ("account", account::STATEMENTS),
     ("api_key", api_key::STATEMENTS),
     ("bus", bus::STATEMENTS),
+    ("lease", lease::STATEMENTS),
     ("ledger", ledger::STATEMENTS),
     ("quota", quota::STATEMENTS),
     ("replica", replica::STATEMENTS),
+    ("snapshot", snapshot::STATEMENTS),
 ];
 
 #[tokio::test]

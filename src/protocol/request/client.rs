@@ -4,10 +4,12 @@ use http::HeaderMap;
 use serde_json::Value;
 
 const TURN_METADATA: &str = "x-codex-turn-metadata";
+/// What a client repeats of the turn state, and what its upstream gave.
+pub(super) const TURN_STATE: &str = "x-codex-turn-state";
 const WINDOW_ID: &str = "x-codex-window-id";
 
 /// What the client says about itself; all of it is optional, and an empty string is nothing said.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Client {
     /// The thread: one agent's conversation.
     pub thread_id: Option<String>,
@@ -19,6 +21,8 @@ pub struct Client {
     pub window_id: Option<String>,
     /// `turn`, `prewarm` or `compaction`.
     pub request_kind: Option<String>,
+    /// The turn state that a WebSocket client repeats, as it is: whether it is one of ours is not for this room to say.
+    pub turn_state: Option<String>,
 }
 
 impl Client {
@@ -31,6 +35,7 @@ impl Client {
             turn_id: identifier(said["turn_id"].as_str()),
             window_id: identifier(said[WINDOW_ID].as_str()),
             request_kind: None,
+            turn_state: said[TURN_STATE].as_str().map(str::to_owned),
         };
         client.with_turn_metadata(said[TURN_METADATA].as_str());
         client
@@ -107,6 +112,7 @@ mod tests {
             turn_id: some("u"),
             window_id: some("w:0"),
             request_kind: some("turn"),
+            turn_state: None,
         };
         assert_eq!(client, expected);
     }

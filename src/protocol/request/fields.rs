@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use super::client::Client;
+use super::client::{Client, TURN_STATE};
 use super::input::{self, Hoist};
 use super::splice::{Container, quoted, string};
 use super::{Facts, Invalid, Shape, chat};
@@ -115,6 +115,9 @@ pub(super) fn normalise(body: &mut Container<'_>, shape: Shape) -> Result<Facts,
         .get("client_metadata")
         .map(Client::of_metadata)
         .unwrap_or_default();
+    if client.turn_state.is_some() {
+        without_turn_state(body);
+    }
     let input_images = input(body, shape)?;
     truncation(body)?;
     if shape == Shape::Compact {
@@ -331,6 +334,17 @@ fn truncation(body: &mut Container<'_>) -> Result<(), Invalid> {
 }
 
 /// Brings `messages`, `input` and `instructions` into the one form that upstream takes. Returns whether there are images.
+/// The turn state of a client is ours, or nobody's: it stays here.
+fn without_turn_state(body: &mut Container<'_>) {
+    let metadata = body.get("client_metadata").map(Container::object);
+    if let Some(Ok(mut metadata)) = metadata {
+        metadata.remove(TURN_STATE);
+        if let Some(edited) = metadata.finish() {
+            body.set("client_metadata", edited);
+        }
+    }
+}
+
 fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
     let instructions = text(body, "instructions")?;
     if instructions.is_none() {

@@ -9,7 +9,7 @@ use drawbridge::{
     db::{Db, Endpoint, Installation, migrate},
     ids::AccountId,
     secret::KeyRing,
-    server::Server,
+    server::{Listeners, Server},
 };
 use loadtest::upstream::Upstream;
 use reqwest::{RequestBuilder, Response};
@@ -102,8 +102,11 @@ impl House {
             own,
             ring.clone(),
             installation.clone(),
-            client,
-            admin,
+            Listeners {
+                client,
+                admin,
+                internal: None,
+            },
         )
         .await
         .unwrap();

@@ -57,7 +57,7 @@ fn the_headers_of_an_http_client_travel_in_the_frame() {
         expected["x-codex-turn-metadata"] = json!(r#"{"turn_id":"t"}"#);
         expected["x-openai-subagent"] = json!("review");
         let request = read(bytes(&body(&sent)), Shape::Codex).unwrap();
-        let frame = value(&request.frame_with_headers(&headers));
+        let frame = value(&request.frame_with(&headers, None));
         assert_eq!(frame["client_metadata"], expected, "{sent}");
         assert_eq!(
             value(&request.frame())["client_metadata"],
