@@ -98,7 +98,7 @@ statements! { "lease";
     /// A plain read: what follows from it is decided by the compare-and-set of the statement that acts on it.
     BY_ID: [UUID, UUID] = concat!(read!(), "where l.scope_id = $1 and l.lease_id = $2");
 
-    /// As BY_ID.
+    /// As `BY_ID`.
     BY_KEY: [UUID, TEXT, BYTEA] = concat!(read!(), "where l.scope_id = $1 and l.key_kind = $2 and l.key_hash = $3");
 
     /// Rows that nobody alive owns. A claim that comes first makes the row too young; one that comes later makes it again. The lock lasts as

@@ -236,7 +236,7 @@ impl Source<'_> {
                     .as_ref()
                     .filter(|event| event.kind() == Kind::Metadata)
                 {
-                    line.turn_state = turn_state(&event.data()).or(line.turn_state.take());
+                    line.turn_state = turn_state(&event.data()).or_else(|| line.turn_state.take());
                 }
                 Ok(event)
             }

@@ -143,8 +143,8 @@ impl Router {
                 self.again = true;
                 Some(self)
             }
-            Step::Claim { .. } => self.claim(&known, why).await,
-            Step::Fork { .. } => {
+            Step::Claim => self.claim(&known, why).await,
+            Step::Fork => {
                 let engine = Arc::clone(&self.engine);
                 let me = engine.replica.boot();
                 let claim = engine.leases.claim(me, self.scope, lease::Key::fork());
