@@ -240,7 +240,8 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    async fn start(mut command: Command) -> Self {
+    /// Runs `serve`; returns when it is ready.
+    pub(crate) async fn start(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (written, log) = watch::channel(String::new());

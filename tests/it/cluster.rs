@@ -1,0 +1,11 @@
+//! Replicas behind a balancer without affinity behave like one that never restarts.
+
+mod script;
+
+/// How often something is done: often enough for a test, and as often as the promise says where `DRAWBRIDGE_TEST_FULL` is set.
+fn times(test: usize, full: usize) -> usize {
+    match std::env::var_os("DRAWBRIDGE_TEST_FULL") {
+        Some(_) => full,
+        None => test,
+    }
+}
