@@ -1,5 +1,8 @@
 //! Replicas behind a balancer without affinity behave like one that never restarts.
 
+mod history;
+mod pause;
+mod recovery;
 mod script;
 
 /// How often something is done: often enough for a test, and as often as the promise says where `DRAWBRIDGE_TEST_FULL` is set.

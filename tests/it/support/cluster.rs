@@ -286,12 +286,12 @@ impl Cluster {
     }
 
     /// Upstream sockets over which a conversation went, known by a word in its texts.
-    pub(crate) fn sockets_of(&self, word: &str) -> BTreeSet<Option<usize>> {
+    pub(crate) fn sockets_of(&self, word: &str) -> BTreeSet<usize> {
         let attempts = self.home.upstream.attempts();
         let of_it = attempts
             .iter()
             .filter(|attempt| attempt.body.to_string().contains(word));
-        of_it.map(|attempt| attempt.socket).collect()
+        of_it.filter_map(|attempt| attempt.socket).collect()
     }
 
     /// The logs of all replicas that run.

@@ -167,10 +167,11 @@ impl Line {
             _ = rounds.wait_for(|now| *now != round) => true,
         };
         if broken {
-            drop((
-                to.as_ref().set_zero_linger(),
-                forth.as_ref().set_zero_linger(),
-            ));
+            for half in [to, forth] {
+                drop(half.as_ref().set_zero_linger());
+                // Dropped, it would say goodbye first.
+                half.forget();
+            }
         }
     }
 
