@@ -255,11 +255,6 @@ impl Router {
                 (self.asked, self.again) = (true, true);
                 Some(self)
             }
-            hop::Sent::NotOwner => {
-                let why = bridge(Outcome::OwnerUnreachable, "not_owner_twice");
-                self.refuse(Reject::OwnerUnreachable, why, Some(Duration::from_secs(1)));
-                None
-            }
             hop::Sent::Begun => {
                 let why = bridge(Outcome::OwnerUnreachable, "begun_elsewhere");
                 self.refuse(Reject::OwnerUnreachable, why, Some(Duration::from_secs(1)));
@@ -270,7 +265,8 @@ impl Router {
                 self.refuse(Reject::Overloaded, why, Some(Duration::from_secs(1)));
                 None
             }
-            hop::Sent::Silent => {
+            // An incarnation that the row still names and that denies it is gone: its successor answers at its address.
+            hop::Sent::NotOwner | hop::Sent::Silent => {
                 let resolution = owner_silent(&known.inputs, None);
                 self.asked = true;
                 Box::pin(self.take(known, resolution)).await
