@@ -4,6 +4,7 @@ mod history;
 mod pause;
 mod recovery;
 mod script;
+mod tokens;
 
 /// How often something is done: often enough for a test, and as often as the promise says where `DRAWBRIDGE_TEST_FULL` is set.
 fn times(test: usize, full: usize) -> usize {

@@ -75,8 +75,12 @@ async fn what_only_the_dead_remembered_is_unreachable_until_it_is_buried_and_the
         ..Plan::default()
     })
     .await;
-    // With evidence of a lease, and by the response's id alone.
-    for (round, with_token) in [true, false].into_iter().enumerate() {
+    // By a token, which says that there was a conversation, and by a name that need not have had one.
+    let truths = [
+        (true, (409, "bridge_session_expired")),
+        (false, (400, "previous_response_not_found")),
+    ];
+    for (round, (with_token, truth)) in truths.into_iter().enumerate() {
         let (owner, other) = (round, 1 - round);
         let word = format!("conversation-{round}");
         let first = cluster
@@ -93,9 +97,10 @@ async fn what_only_the_dead_remembered_is_unreachable_until_it_is_buried_and_the
         let mut unreachable = 0;
         let gone = loop {
             let mut request = cluster.post_at(other, "/v1/responses").json(&two);
-            if with_token {
-                request = request.header("x-codex-turn-state", first.token());
-            }
+            request = match with_token {
+                true => request.header("x-codex-turn-state", first.token()),
+                false => request.header("session-id", &word),
+            };
             let answer = Answer::of(request.send().await.unwrap()).await;
             if answer.status != 503 {
                 break answer;
@@ -109,11 +114,7 @@ async fn what_only_the_dead_remembered_is_unreachable_until_it_is_buried_and_the
         };
         println!("{unreachable} times unreachable, for {:?}", died.elapsed());
         assert!(unreachable > 0 && died.elapsed() > soonest, "{gone:#?}");
-        assert_eq!(
-            (gone.status, gone.code()),
-            (409, "bridge_session_expired"),
-            "{gone:#?}"
-        );
+        assert_eq!((gone.status, gone.code()), truth, "{gone:#?}");
         cluster.serve(owner).await;
     }
 }

@@ -91,6 +91,11 @@ pub(crate) struct Replica {
 impl Cluster {
     /// Starts everything; returns when every replica is ready.
     pub(crate) async fn start(plan: Plan) -> Self {
+        Self::start_with(plan, KeyRing::generate("k1").expose_secret()).await
+    }
+
+    /// The same with these master keys.
+    pub(crate) async fn start_with(plan: Plan, keys: &str) -> Self {
         let seed = rand::random();
         println!("seed {seed}");
         let test = TestDb::migrated(async |url| {
@@ -100,10 +105,7 @@ impl Cluster {
         let mut home = Home::new()
             .await
             .set("DRAWBRIDGE_DATABASE_URL", &test.url)
-            .set(
-                "DRAWBRIDGE_MASTER_KEYS",
-                KeyRing::generate("k1").expose_secret(),
-            )
+            .set("DRAWBRIDGE_MASTER_KEYS", keys)
             .set("DRAWBRIDGE_TEST_TIME_SCALE", "0.1");
         for (name, value) in plan.settings {
             home = home.set(name, value);
@@ -155,6 +157,11 @@ impl Cluster {
         }
         cluster.acquainted().await;
         cluster
+    }
+
+    /// A setting of one replica, from its next start on.
+    pub(crate) fn set(&mut self, number: usize, name: &'static str, value: String) {
+        self.replicas[number].settings.push((name, value));
     }
 
     /// Starts a replica that is down.
@@ -233,18 +240,23 @@ impl Cluster {
 
     /// A request through the balancer, with the key.
     pub(crate) fn post(&self, path: &str) -> RequestBuilder {
-        self.request(self.balancer.address, path)
+        self.request(self.balancer.address, path, &self.key)
     }
 
     /// A request to a replica, with the key.
     pub(crate) fn post_at(&self, number: usize, path: &str) -> RequestBuilder {
-        self.request(self.replicas[number].clients.address, path)
+        self.post_at_as(number, path, &self.key)
     }
 
-    fn request(&self, address: SocketAddr, path: &str) -> RequestBuilder {
+    /// A request to a replica, with some key.
+    pub(crate) fn post_at_as(&self, number: usize, path: &str, key: &str) -> RequestBuilder {
+        self.request(self.replicas[number].clients.address, path, key)
+    }
+
+    fn request(&self, address: SocketAddr, path: &str, key: &str) -> RequestBuilder {
         self.http
             .post(format!("http://{address}{path}"))
-            .bearer_auth(&self.key)
+            .bearer_auth(key)
             .header("connection", "close")
     }
 
