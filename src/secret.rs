@@ -109,14 +109,6 @@ impl KeyRing {
         &self.current().id
     }
 
-    /// A key for one purpose under each master key, with that one's one-byte id; the current one first.
-    #[must_use]
-    pub fn derived(&self, purpose: &str) -> Vec<(u8, [u8; 32])> {
-        let keys = self.0.iter();
-        keys.map(|key| (key.short_id(), derive(&key.root, purpose)))
-            .collect()
-    }
-
     /// Seals `plain` for one place.
     #[must_use]
     pub fn seal(&self, place: Place<'_>, plain: &[u8]) -> Vec<u8> {
@@ -186,6 +178,16 @@ impl KeyRing {
         std::str::from_utf8(&plain)
             .map(SecretString::from)
             .map_err(|_| Error::Broken)
+    }
+
+    /// One key for `purpose` per master key, with its one-byte id, current first. No two purposes share a key.
+    #[must_use]
+    pub fn derived(&self, purpose: &str) -> Vec<(u8, [u8; 32])> {
+        let info = format!("for/{purpose}");
+        self.0
+            .iter()
+            .map(|key| (key.short_id(), derive(&key.root, &info)))
+            .collect()
     }
 
     fn current(&self) -> &MasterKey {
@@ -351,6 +353,18 @@ mod tests {
             ring(&["x"]).open(PLACE, &sealed).unwrap_err(),
             Error::UnknownKey("old".into())
         );
+    }
+
+    #[test]
+    fn each_master_key_has_a_key_of_its_own_for_every_purpose() {
+        let ring = ring(&["new", "old"]);
+        let token = ring.derived("token");
+        let ids: Vec<_> = token.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [ring.0[0].short_id(), ring.0[1].short_id()]);
+        assert_ne!(token[0].1, token[1].1);
+        assert_eq!(token, ring.derived("token"));
+        assert_ne!(token[0].1, ring.derived("forward")[0].1);
+        assert_ne!(ring.derived("seal")[0].1, derive(&ring.0[0].root, "seal"));
     }
 
     #[test]

@@ -137,10 +137,11 @@ impl Server {
         let upstream =
             Upstream::start(&config.upstream, &db, &accounts, &quota, &bus, &tasks).await?;
         let forwarding = forward::Keys::new(&ring);
-        let peers = match internal {
-            Some(_) => Some(turn::Peers::new(forward::Client::new(forwarding.clone())?)),
-            None => None,
-        };
+        let peers = internal.as_ref().map(|_| {
+            let patience = forward::Patience::default();
+            let client = forward::Client::new(forwarding.clone(), db.clock().clone(), patience);
+            turn::Peers::new(client)
+        });
         let engine = turn::Engine::new(
             turn::Parts {
                 upstream: upstream.clone(),
@@ -163,8 +164,12 @@ impl Server {
         drop(tasks.spawn("incarnations", async move {
             stop.run_until_cancelled(following).await;
         }));
+        let bytes = turn::Budget::default();
         if let Some(internal) = internal {
-            let owner = turn::Receiving(engine.clone());
+            let owner = Arc::new(turn::Receiving {
+                engine: engine.clone(),
+                bytes: bytes.clone(),
+            });
             let router = forward::router(owner, forwarding, replica.boots(), db.clock().clone());
             tasks.essential(
                 "peers",
@@ -195,7 +200,7 @@ impl Server {
             keys: keys.clone(),
             clock: db.clock().clone(),
             gate: ingress::Gate::new(config.key_rule, address),
-            bytes: turn::Budget::default(),
+            bytes,
             tasks: tasks.clone(),
             closing: phase.closing.clone(),
         });

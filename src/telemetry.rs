@@ -116,9 +116,14 @@ pub fn take(taken: bool) {
     counter!("drawbridge_takes_total", "result" => result).increment(1);
 }
 
-/// A turn of a peer was refused.
-pub fn forward_refused(why: &'static str) {
-    counter!("drawbridge_forward_refusals_total", "why" => why).increment(1);
+/// A peer was called: from the call to the head of its answer. `outcome` is `answered`, `silent` or the word of a refusal.
+pub fn forwarded(outcome: &'static str, head: Duration) {
+    histogram!("drawbridge_forward_seconds", "outcome" => outcome).record(head);
+}
+
+/// A peer's call was refused by this replica, with the word of the refusal.
+pub fn forward_refused(code: &'static str) {
+    counter!("drawbridge_forward_refusals_total", "code" => code).increment(1);
 }
 
 /// Something that must be counted although nobody waits for it, by a fixed name.

@@ -1,141 +1,257 @@
-//! The sending end.
+//! The calling end: pooled HTTP/1.1 connections to peers, and the patience with them.
+//!
+//! A peer is silent when for one [`Patience::silence`] nothing has moved: no connection came up, no piece of the body was taken, no head
+//! arrived. So a large body has the time that it needs as long as it moves, up to [`Patience::total`]; a stopped process, which takes
+//! what fits into the kernel's buffers and no more, has not.
 
 use std::{
-    sync::Arc,
-    time::{Duration, Instant},
+    convert::Infallible,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
 };
 
-use anyhow::Context as _;
 use bytes::Bytes;
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
-use tokio::time::timeout;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{self, Body, Incoming, SizeHint};
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+use sha2::{Digest as _, Sha256};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 
 use super::{
-    ENVELOPE, Envelope, Keys, MAC, PATH, Refusal,
+    FRAMES, Failure, HEADER, PATH, Refusal,
+    envelope::{self, Envelope, Keys},
     frame::{Decoder, Frame},
 };
-use crate::telemetry;
+use crate::{db::Clock, task, telemetry};
 
-/// How long an owner may take to say that it has begun, and to be connected to.
-const HEAD: Duration = Duration::from_secs(1);
-/// A large body gets more: so many bytes a second.
-const RATE: usize = 16 << 20;
+/// Idle connections are closed before the listener closes them (30 s), so that no call meets a connection that is going away.
+const IDLE: Duration = Duration::from_secs(20);
+/// Idle connections to one peer.
+const POOLED: usize = 64;
+/// The body is handed over in such pieces: what was taken tells whether it moves.
+const PIECE: usize = 64 << 10;
+/// Hashing more than this leaves the worker to others.
+const HASHED_INLINE: usize = 1 << 20;
+/// The word of a refusal.
+const CODE_BYTES: usize = 64;
 
-/// Sends turns to owners. Cheap to clone.
-#[derive(Clone, Debug)]
+/// How long a peer is waited for. Tests use a tenth.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// While nothing moves.
+    pub silence: Duration,
+    /// For the head of an answer, however the body moves.
+    pub total: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            silence: Duration::from_secs(1),
+            total: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Calls peers. Clones share connections.
+#[derive(Clone)]
 pub struct Client {
-    client: reqwest::Client,
+    http: legacy::Client<HttpConnector, Pieces>,
     keys: Keys,
-}
-
-/// Why a turn was not served by its owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotSent {
-    /// No answer in time, refused or reset: whether the owner has begun is for the ledger to say.
-    Silent,
-    /// The owner said no.
-    Refused(Refusal),
-}
-
-/// The stream broke off without an end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cut;
-
-/// An owner's answer. Dropping it tells the owner that the client is gone.
-#[derive(Debug)]
-pub struct Answer {
-    response: reqwest::Response,
-    decoder: Decoder,
-    ended: bool,
+    clock: Clock,
+    patience: Patience,
 }
 
 impl Client {
-    /// A client of its own: no proxies, connections kept.
-    ///
-    /// # Errors
-    /// If TLS cannot be set up.
-    pub fn new(keys: Keys) -> anyhow::Result<Self> {
-        let roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .context("TLS versions")?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let client = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .http1_only()
-            .no_proxy()
-            .tcp_nodelay(true)
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .connect_timeout(HEAD)
-            .pool_idle_timeout(Duration::from_secs(60))
-            .build()
-            .context("the client for other replicas")?;
-        Ok(Self { client, keys })
+    /// A client without connections.
+    #[must_use]
+    pub fn new(keys: Keys, clock: Clock, patience: Patience) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(patience.silence));
+        connector.set_keepalive(Some(Duration::from_secs(60)));
+        let http = legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(POOLED)
+            .build(connector);
+        Self {
+            http,
+            keys,
+            clock,
+            patience,
+        }
     }
 
-    /// Sends a turn. Comes back when the owner has begun it.
+    /// Calls the replica at `endpoint` (`http://host:port`); returns with the head of its answer. Dropping this future, or the answer,
+    /// closes the connection, which tells the peer that the client is gone.
     ///
     /// # Errors
-    /// [`NotSent`].
+    /// [`Failure`]. An envelope that is too large to travel is [`Refusal::Invalid`].
     pub async fn send(
         &self,
         endpoint: &str,
         envelope: &Envelope,
-        payload: Bytes,
-    ) -> Result<Answer, NotSent> {
+        body: Bytes,
+    ) -> Result<Answer, Failure> {
         let began = Instant::now();
-        let (text, mac) = self.keys.sign(envelope);
-        let patience = HEAD + HEAD.mul_f64(payload.len() as f64 / RATE as f64);
-        let request = self
-            .client
-            .post(format!("{endpoint}{PATH}"))
-            .header(ENVELOPE, text)
-            .header(MAC, mac)
-            .body(payload);
-        let response = match timeout(patience, request.send()).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, endpoint, "a replica cannot be reached");
-                return Err(NotSent::Silent);
-            }
-            Err(_) => {
-                tracing::debug!(endpoint, "a replica does not answer");
-                return Err(NotSent::Silent);
-            }
+        let called = self.call(endpoint, envelope, body).await;
+        let outcome = match &called {
+            Ok(_) => "answered",
+            Err(Failure::Silent) => "silent",
+            Err(Failure::Refused(refusal)) => refusal.code(),
         };
-        if response.status().is_success() {
-            telemetry::observe("drawbridge_forward_head_seconds", began.elapsed());
-            return Ok(Answer {
-                response,
-                decoder: Decoder::default(),
-                ended: false,
-            });
+        telemetry::forwarded(outcome, began.elapsed());
+        called
+    }
+
+    async fn call(
+        &self,
+        endpoint: &str,
+        envelope: &Envelope,
+        body: Bytes,
+    ) -> Result<Answer, Failure> {
+        let body_sha256 = hash(&body).await;
+        let now = self.clock.now().as_millisecond();
+        let Some(sealed) = envelope::seal(&self.keys, envelope, &body_sha256, now) else {
+            tracing::warn!(turn = %envelope.turn, "what comes with this turn is too large to be forwarded");
+            return Err(Failure::Refused(Refusal::Invalid));
+        };
+        let (pieces, moved) = Pieces::new(body);
+        let request = Request::post(format!("{}{PATH}", endpoint.trim_end_matches('/')))
+            .header(HEADER, sealed)
+            .body(pieces)
+            .map_err(|error| silent(endpoint, &error))?;
+        let answering = async {
+            let response = self.http.request(request).await;
+            read(response.map_err(|error| silent(endpoint, &error))?).await
+        };
+        let mut answering = std::pin::pin!(answering);
+        let last = Instant::now() + self.patience.total;
+        loop {
+            let until = last.min(*moved.borrow() + self.patience.silence);
+            match timeout_at(until, &mut answering).await {
+                Ok(answered) => return answered,
+                Err(_) if until < last && *moved.borrow() + self.patience.silence > until => {}
+                Err(elapsed) => return Err(silent(endpoint, &elapsed)),
+            }
         }
-        // What is no refusal of ours was not said by a replica.
-        Refusal::of(response.status()).map_or(Err(NotSent::Silent), |refusal| {
-            Err(NotSent::Refused(refusal))
-        })
     }
 }
 
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").finish_non_exhaustive()
+    }
+}
+
+fn silent(endpoint: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    tracing::debug!(endpoint, error, "a peer is silent");
+    Failure::Silent
+}
+
+/// An answer or a refusal; whatever else speaks at this address is no replica.
+async fn read(response: Response<Incoming>) -> Result<Answer, Failure> {
+    let frames = HeaderValue::from_static(FRAMES);
+    let (head, body) = response.into_parts();
+    if head.status == StatusCode::OK && head.headers.get(header::CONTENT_TYPE) == Some(&frames) {
+        let decoder = Decoder::default();
+        return Ok(Answer { body, decoder });
+    }
+    let code = Limited::new(body, CODE_BYTES).collect().await;
+    let refusal = code
+        .ok()
+        .and_then(|code| Refusal::read(head.status, &code.to_bytes()));
+    Err(refusal.map_or(Failure::Silent, Failure::Refused))
+}
+
+async fn hash(body: &Bytes) -> [u8; 32] {
+    if body.len() <= HASHED_INLINE {
+        return Sha256::digest(body).into();
+    }
+    let body = body.clone();
+    task::blocking(move || Sha256::digest(&body).into()).await
+}
+
+/// What a peer answers.
+pub struct Answer {
+    body: Incoming,
+    decoder: Decoder,
+}
+
+/// The answer broke off, or went wrong, before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a forwarded answer was cut")]
+pub struct Cut;
+
 impl Answer {
-    /// The next frame; `None` after the end. Cancel-safe.
+    /// The next frame; nothing follows [`Frame::End`]. Cancel-safe.
     ///
     /// # Errors
-    /// [`Cut`].
-    pub async fn next(&mut self) -> Result<Option<Frame>, Cut> {
-        while !self.ended {
+    /// [`Cut`] where the answer stops without its end.
+    pub async fn next(&mut self) -> Result<Frame, Cut> {
+        loop {
             if let Some(frame) = self.decoder.next().map_err(|_| Cut)? {
-                self.ended = matches!(frame, Frame::End(_));
-                return Ok(Some(frame));
+                return Ok(frame);
             }
-            match self.response.chunk().await {
-                Ok(Some(bytes)) => self.decoder.push(&bytes),
-                Ok(None) | Err(_) => return Err(Cut),
+            let frame = self.body.frame().await.ok_or(Cut)?.map_err(|_| Cut)?;
+            if let Some(chunk) = frame.data_ref() {
+                self.decoder.push(chunk);
             }
         }
-        Ok(None)
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer").finish_non_exhaustive()
+    }
+}
+
+/// A body in pieces that tells when the last one was taken.
+struct Pieces {
+    rest: Bytes,
+    moved: watch::Sender<Instant>,
+}
+
+impl Pieces {
+    fn new(body: Bytes) -> (Self, watch::Receiver<Instant>) {
+        let (moved, at) = watch::channel(Instant::now());
+        (Self { rest: body, moved }, at)
+    }
+}
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<body::Frame<Bytes>, Infallible>>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        let length = self.rest.len().min(PIECE);
+        let piece = self.rest.split_to(length);
+        self.moved.send_replace(Instant::now());
+        Poll::Ready(Some(Ok(body::Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.rest.len() as u64)
     }
 }

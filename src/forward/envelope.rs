@@ -1,207 +1,290 @@
-//! What travels beside a turn, signed.
+//! What travels beside the body, sealed: pure functions of bytes, keys and a time.
+//!
+//! Text = base64url of: key id (1) | HMAC-SHA-256 (32) | version (1) | database time in ms (8) | SHA-256 of the body (32) | JSON. The MAC
+//! covers everything behind it and is checked before anything of it is believed. There is no memory of what was seen: a replay within
+//! the window meets the turn's row in the ledger.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use sha2::Sha256;
 
-use super::Refusal;
 use crate::{
     ids::{ApiKeyId, BootId, LeaseId, ScopeId, TurnId},
-    secret::{self, KeyRing},
+    secret::KeyRing,
 };
 
 const VERSION: u8 = 1;
-/// How far the clocks of two replicas, both corrected to the database's, may be apart, in milliseconds.
-const WINDOW: i64 = 30_000;
+const MAC: usize = 32;
+/// How far an envelope's time may lie from ours, in ms of database time.
+pub(super) const WINDOW: i64 = 30_000;
+/// As text. With the rest of a request's head it stays below what listeners read.
+pub(super) const TEXT_BYTES: usize = 56 << 10;
 
-/// A turn on its way from one replica to another.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What the caller says about a turn. Version, time and the body's hash are added when it is sealed.
+#[derive(Clone, Deserialize, Serialize)]
 pub struct Envelope {
-    version: u8,
-    /// Who sends it.
+    /// Who calls.
     pub origin: BootId,
-    /// Who owns the lease.
+    /// The incarnation that is called; no other serves it.
     pub target: BootId,
-    /// The lease.
+    /// The session.
     pub lease: LeaseId,
-    /// Under which generation it was seen.
+    /// The lease's generation when the caller read it.
     pub generation: i64,
-    /// In whose conversations.
+    /// Whose conversation it is.
     pub scope: ScopeId,
-    /// Under which key.
+    /// The client's key; the callee looks up itself what it may do.
     pub api_key: Option<ApiKeyId>,
-    /// The request.
+    /// The turn's id, drawn by the caller. It is served once.
     pub turn: TurnId,
-    /// When, in the database's milliseconds.
-    sent_at: i64,
-    /// SHA-256 of all that it carries.
-    digest: [u8; 32],
+    /// What the engine adds: opaque here.
+    pub details: Box<RawValue>,
 }
 
-/// Whom and what an envelope is about.
-#[derive(Clone, Copy, Debug)]
-pub struct About {
-    /// As in [`Envelope`].
-    pub origin: BootId,
-    /// As in [`Envelope`].
-    pub target: BootId,
-    /// As in [`Envelope`].
-    pub lease: LeaseId,
-    /// As in [`Envelope`].
-    pub generation: i64,
-    /// As in [`Envelope`].
-    pub scope: ScopeId,
-    /// As in [`Envelope`].
-    pub api_key: Option<ApiKeyId>,
-    /// As in [`Envelope`].
-    pub turn: TurnId,
+/// Details hold what the client sent.
+impl fmt::Debug for Envelope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Envelope")
+            .field("origin", &self.origin)
+            .field("target", &self.target)
+            .field("lease", &self.lease)
+            .field("generation", &self.generation)
+            .field("turn", &self.turn)
+            .finish_non_exhaustive()
+    }
 }
 
-/// The keys that sign envelopes; the current one signs, each verifies. Cheap to clone.
+/// Authenticates replicas to each other: the installation's current master key signs, every one verifies. Cheap to clone.
 #[derive(Clone)]
 pub struct Keys(Arc<[(u8, Hmac<Sha256>)]>);
 
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list()
-            .entries(self.0.iter().map(|(id, _)| id))
-            .finish()
-    }
-}
-
 impl Keys {
-    /// The keys of an installation.
+    /// The keys of this purpose.
     #[must_use]
     pub fn new(ring: &KeyRing) -> Self {
         let keys = ring.derived("bridge-forward/v1").into_iter();
-        Self(
-            keys.map(|(id, key)| {
-                let mac = Hmac::new_from_slice(&key).expect("HMAC takes keys of any length");
-                (id, mac)
-            })
-            .collect(),
-        )
+        Self(keys.map(|(id, key)| (id, hmac(&key))).collect())
     }
 
-    /// The two headers of an envelope.
-    pub(super) fn sign(&self, envelope: &Envelope) -> (String, String) {
-        let json = serde_json::to_vec(envelope).expect("ids and numbers are JSON");
-        let text = BASE64_URL_SAFE_NO_PAD.encode(json);
-        let (id, mac) = self.0.first().expect("a key ring has at least one key");
-        let mac = mac.clone().chain_update(&text).finalize().into_bytes();
-        let mac = format!("{id}.{}", BASE64_URL_SAFE_NO_PAD.encode(mac));
-        (text, mac)
+    fn sign(&self, message: &[u8]) -> (u8, [u8; MAC]) {
+        let (id, key) = self.0.first().expect("a ring has at least one key");
+        let mac = key.clone().chain_update(message).finalize();
+        (*id, mac.into_bytes().into())
     }
 
-    /// The envelope, if it is one of ours, for `me`, of now, and about `payload`.
-    pub(super) fn open(
-        &self,
-        text: &[u8],
-        mac: &str,
-        me: BootId,
-        now: i64,
-        payload: &[u8],
-    ) -> Result<Envelope, Refusal> {
-        let invalid = Refusal::Invalid;
-        let (id, mac) = mac.split_once('.').ok_or(invalid)?;
-        let id: u8 = id.parse().map_err(|_| invalid)?;
-        let mac = BASE64_URL_SAFE_NO_PAD.decode(mac).map_err(|_| invalid)?;
-        let (_, key) = self.0.iter().find(|(key, _)| *key == id).ok_or(invalid)?;
-        key.clone()
-            .chain_update(text)
-            .verify_slice(&mac)
-            .map_err(|_| invalid)?;
-        let json = BASE64_URL_SAFE_NO_PAD.decode(text).map_err(|_| invalid)?;
-        let envelope: Envelope = serde_json::from_slice(&json).map_err(|_| invalid)?;
-        let late = envelope.sent_at.abs_diff(now) > WINDOW.unsigned_abs();
-        if envelope.version != VERSION || late || envelope.digest != secret::digest(&[payload]) {
-            return Err(invalid);
-        }
-        // A peer that remembers an incarnation before this one reads the row again.
-        if envelope.target != me {
-            return Err(Refusal::NotOwner);
-        }
-        Ok(envelope)
+    fn verify(&self, id: u8, mac: &[u8], message: &[u8]) -> Option<()> {
+        let (_, key) = self.0.iter().find(|(other, _)| *other == id)?;
+        let key = key.clone().chain_update(message);
+        key.verify_slice(mac).ok()
     }
 }
 
-impl Envelope {
-    /// An envelope about `payload`, sent at `now` (the database's milliseconds).
-    #[must_use]
-    pub fn new(about: About, now: i64, payload: &[u8]) -> Self {
-        Self {
-            version: VERSION,
-            origin: about.origin,
-            target: about.target,
-            lease: about.lease,
-            generation: about.generation,
-            scope: about.scope,
-            api_key: about.api_key,
-            turn: about.turn,
-            sent_at: now,
-            digest: secret::digest(&[payload]),
-        }
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Keys(..)")
     }
+}
+
+fn hmac(key: &[u8; 32]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key).expect("HMAC takes keys of any length")
+}
+
+/// Why an envelope, or the body with it, is not served. Told to the log only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Invalid {
+    #[error("not sealed by a replica of this installation")]
+    Seal,
+    #[error("of another version")]
+    Version,
+    #[error("not of now")]
+    Time,
+    #[error("for another incarnation")]
+    Target,
+    #[error("cut, too large, or not the body that was sealed")]
+    Body,
+}
+
+/// An authentic envelope for us; the body is still to be compared.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) envelope: Envelope,
+    pub(super) body_sha256: [u8; 32],
+}
+
+/// Seals an envelope at `now` (database time in ms); `None` if it is too large to travel.
+pub(super) fn seal(
+    keys: &Keys,
+    envelope: &Envelope,
+    body_sha256: &[u8; 32],
+    now: i64,
+) -> Option<String> {
+    let mut message = vec![VERSION];
+    message.extend_from_slice(&now.to_be_bytes());
+    message.extend_from_slice(body_sha256);
+    serde_json::to_writer(&mut message, envelope).ok()?;
+    let (id, mac) = keys.sign(&message);
+    let text = BASE64_URL_SAFE_NO_PAD.encode([&[id], &mac[..], &message].concat());
+    (text.len() <= TEXT_BYTES).then_some(text)
+}
+
+/// Opens what [`seal`] made for `me` within [`WINDOW`] of `now`.
+pub(super) fn open(keys: &Keys, text: &[u8], me: BootId, now: i64) -> Result<Opened, Invalid> {
+    let bytes = BASE64_URL_SAFE_NO_PAD
+        .decode(text)
+        .map_err(|_| Invalid::Seal)?;
+    let (&id, rest) = bytes.split_first().ok_or(Invalid::Seal)?;
+    let (mac, message) = rest.split_at_checked(MAC).ok_or(Invalid::Seal)?;
+    keys.verify(id, mac, message).ok_or(Invalid::Seal)?;
+
+    let rest = message.strip_prefix(&[VERSION]).ok_or(Invalid::Version)?;
+    let (sent_at, rest) = rest.split_first_chunk().ok_or(Invalid::Version)?;
+    let (body_sha256, json) = rest.split_first_chunk().ok_or(Invalid::Version)?;
+    if now.abs_diff(i64::from_be_bytes(*sent_at)) > WINDOW.unsigned_abs() {
+        return Err(Invalid::Time);
+    }
+    let envelope: Envelope = serde_json::from_slice(json).map_err(|_| Invalid::Version)?;
+    if envelope.target != me {
+        return Err(Invalid::Target);
+    }
+    Ok(Opened {
+        envelope,
+        body_sha256: *body_sha256,
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use secrecy::SecretString;
+
     use super::*;
 
     const NOW: i64 = 1_800_000_000_000;
+    const HASH: [u8; 32] = [7; 32];
 
-    fn keys() -> Keys {
-        Keys::new(&KeyRing::parse(&KeyRing::generate("k1")).unwrap())
+    fn ring(ids: &[(&str, u8)]) -> KeyRing {
+        let entry = |(id, byte): &(&str, u8)| {
+            let key = base64::prelude::BASE64_STANDARD.encode([*byte; 32]);
+            format!("{id}:{key}")
+        };
+        let text = ids.iter().map(entry).collect::<Vec<_>>().join(",");
+        KeyRing::parse(&SecretString::from(text)).unwrap()
     }
 
-    fn about() -> About {
-        About {
+    fn keys() -> Keys {
+        Keys::new(&ring(&[("a", 1)]))
+    }
+
+    fn envelope() -> Envelope {
+        Envelope {
             origin: BootId::new(),
             target: BootId::new(),
             lease: LeaseId::new(),
-            generation: 7,
+            generation: 8,
             scope: ScopeId::new(),
-            api_key: None,
+            api_key: Some(ApiKeyId::new()),
             turn: TurnId::new(),
+            details: RawValue::from_string(r#"{"a":[1, 2]}"#.to_owned()).unwrap(),
+        }
+    }
+
+    fn same(a: &Envelope, b: &Envelope) -> bool {
+        serde_json::to_string(a).unwrap() == serde_json::to_string(b).unwrap()
+    }
+
+    #[test]
+    fn what_is_sealed_opens_at_its_target_as_it_was() {
+        let envelope = envelope();
+        let text = seal(&keys(), &envelope, &HASH, NOW).unwrap();
+        let opened = open(&keys(), text.as_bytes(), envelope.target, NOW).unwrap();
+        assert!(same(&opened.envelope, &envelope));
+        assert_eq!(opened.body_sha256, HASH);
+    }
+
+    #[test]
+    fn any_flipped_bit_is_refused() {
+        let envelope = envelope();
+        let text = seal(&keys(), &envelope, &HASH, NOW).unwrap();
+        let sealed = BASE64_URL_SAFE_NO_PAD.decode(text).unwrap();
+        for bit in 0..sealed.len() * 8 {
+            let mut flipped = sealed.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let text = BASE64_URL_SAFE_NO_PAD.encode(flipped);
+            let error = open(&keys(), text.as_bytes(), envelope.target, NOW).unwrap_err();
+            assert_eq!(error, Invalid::Seal, "bit {bit}");
         }
     }
 
     #[test]
-    fn an_envelope_opens_at_its_target_within_the_window() {
-        let (keys, about) = (keys(), about());
-        let envelope = Envelope::new(about, NOW, b"body");
-        let (text, mac) = keys.sign(&envelope);
-        let open = |me, now, payload| keys.open(text.as_bytes(), &mac, me, now, payload);
-        assert_eq!(open(about.target, NOW, b"body"), Ok(envelope.clone()));
-        assert_eq!(open(about.target, NOW + WINDOW, b"body"), Ok(envelope));
-        for (me, now, payload, refusal) in [
-            (about.origin, NOW, b"body", Refusal::NotOwner),
-            (about.target, NOW + WINDOW + 1, b"body", Refusal::Invalid),
-            (about.target, NOW - WINDOW - 1, b"body", Refusal::Invalid),
-            (about.target, NOW, b"bodY", Refusal::Invalid),
+    fn every_prefix_and_every_garbage_is_refused() {
+        let envelope = envelope();
+        let text = seal(&keys(), &envelope, &HASH, NOW).unwrap();
+        for length in 0..text.len() {
+            let prefix = &text.as_bytes()[..length];
+            assert!(open(&keys(), prefix, envelope.target, NOW).is_err());
+        }
+        for garbage in [vec![b'A'; 10_000], vec![0xff; 10_000], vec![b'{'; 10_000]] {
+            let error = open(&keys(), &garbage, envelope.target, NOW).unwrap_err();
+            assert_eq!(error, Invalid::Seal);
+        }
+    }
+
+    #[test]
+    fn the_time_and_the_target_are_checked() {
+        let envelope = envelope();
+        let me = envelope.target;
+        let text = seal(&keys(), &envelope, &HASH, NOW).unwrap();
+        for (at, now, refused) in [
+            (me, NOW, None),
+            (me, NOW + 30_000, None),
+            (me, NOW - 30_000, None),
+            (me, NOW + 31_000, Some(Invalid::Time)),
+            (me, NOW - 31_000, Some(Invalid::Time)),
+            (me, i64::MIN, Some(Invalid::Time)),
+            (envelope.origin, NOW, Some(Invalid::Target)),
         ] {
-            assert_eq!(open(me, now, payload), Err(refusal));
+            let opened = open(&keys(), text.as_bytes(), at, now);
+            assert_eq!(opened.err(), refused, "{at} {now}");
         }
     }
 
     #[test]
-    fn a_forged_envelope_does_not_open() {
-        let (keys, about) = (keys(), about());
-        let (text, mac) = keys.sign(&Envelope::new(about, NOW, b""));
-        let (_, foreign) = self::keys().sign(&Envelope::new(about, NOW, b""));
-        let long = "A".repeat(10_000);
-        for mac in [foreign.as_str(), "", "1", ".", "300.AA", "1.AA", &long] {
-            let opened = keys.open(text.as_bytes(), mac, about.target, NOW, b"");
-            assert_eq!(opened, Err(Refusal::Invalid), "{}", mac.len());
+    fn a_ring_that_rotates_verifies_both_ways_and_a_foreign_one_never() {
+        let (old, new) = (("old", 1), ("new", 2));
+        let envelope = envelope();
+        for (signs, opens, fine) in [
+            (&[old][..], &[old, new][..], true),
+            (&[old, new], &[new, old], true),
+            (&[new, old], &[old, new], true),
+            (&[new], &[old, new], true),
+            (&[new], &[old], false),
+            (&[("old", 3)], &[old], false),
+        ] {
+            let text = seal(&Keys::new(&ring(signs)), &envelope, &HASH, NOW).unwrap();
+            let keys = Keys::new(&ring(opens));
+            let opened = open(&keys, text.as_bytes(), envelope.target, NOW);
+            assert_eq!(opened.is_ok(), fine, "{signs:?} {opens:?}");
         }
-        for index in 0..text.len() {
-            let mut flipped = text.clone().into_bytes();
-            flipped[index] ^= 1;
-            let opened = keys.open(&flipped, &mac, about.target, NOW, b"");
-            assert_eq!(opened, Err(Refusal::Invalid), "byte {index}");
-        }
+    }
+
+    #[test]
+    fn another_version_is_refused_although_it_is_authentic() {
+        let mut message = vec![VERSION + 1];
+        message.extend_from_slice(&NOW.to_be_bytes());
+        let (id, mac) = keys().sign(&message);
+        let text = BASE64_URL_SAFE_NO_PAD.encode([&[id], &mac[..], &message].concat());
+        let error = open(&keys(), text.as_bytes(), BootId::new(), NOW).unwrap_err();
+        assert_eq!(error, Invalid::Version);
+    }
+
+    #[test]
+    fn what_a_listener_would_not_read_is_not_sealed() {
+        let mut envelope = envelope();
+        let text = format!("\"{}\"", "x".repeat(TEXT_BYTES));
+        envelope.details = RawValue::from_string(text).unwrap();
+        assert!(seal(&keys(), &envelope, &HASH, NOW).is_none());
     }
 }

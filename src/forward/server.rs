@@ -1,127 +1,115 @@
-//! The receiving end: an internal listener that takes turns from peers and nothing else.
+//! The receiving end: verifies a call, hands it to the owner, writes its frames.
+//!
+//! The envelope is checked before the body is read, and the body is hashed while it arrives. Dropping what is written here (the caller
+//! closed its connection) drops the owner's future or its frames.
 
-use std::{
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
     body::Body,
-    extract::{DefaultBodyLimit, State},
-    response::{IntoResponse as _, Response},
+    extract::State,
+    response::{IntoResponse, Response},
     routing::post,
 };
 use bytes::{Bytes, BytesMut};
-use futures_util::Stream;
-use http::HeaderMap;
-use tokio::sync::watch;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http_body_util::BodyExt as _;
+use hyper::body::Body as _;
+use sha2::{Digest as _, Sha256};
+use tokio::{sync::watch, time::timeout};
 
 use super::{
-    ENVELOPE, Envelope, Keys, MAC, PATH, Refusal,
-    frame::{Frame, Frames},
+    BODY_BYTES, Call, FRAMES, HEADER, Owner, PATH, Refusal,
+    envelope::{self, Invalid, Keys, WINDOW},
+    frame::Encoder,
 };
 use crate::{db::Clock, ids::BootId, telemetry};
 
-/// A body and what goes with it.
-const PAYLOAD_BYTES: usize = 66 << 20;
-/// Frames that are ready together go out in one write of about this size.
-const WRITE: usize = 16 << 10;
+/// A body that takes longer is no longer of now.
+const BODY_TIME: Duration = Duration::from_millis(WINDOW.unsigned_abs());
 
-/// A turn that a peer sent, verified.
-#[derive(Debug)]
-pub struct Call {
-    /// Whom and what it is about.
-    pub envelope: Envelope,
-    /// What it carries.
-    pub payload: Bytes,
+/// The internal listener's route; everything else is not found. `me` is this process's incarnation.
+pub fn router<O: Owner>(
+    owner: Arc<O>,
+    keys: Keys,
+    me: watch::Receiver<BootId>,
+    clock: Clock,
+) -> Router {
+    let door = Arc::new(Door { keys, me, clock });
+    Router::new()
+        .route(
+            PATH,
+            post(serve::<O>).fallback(async || StatusCode::NOT_FOUND),
+        )
+        .with_state((door, owner))
 }
 
-/// Serves the turns of leases that this replica owns.
-pub trait Owner: Send + Sync + 'static {
-    /// Comes back when the turn has begun, or cannot. Dropping the frames tells it that the client is gone.
-    ///
-    /// # Errors
-    /// [`Refusal`]: nothing of it was begun.
-    fn accept(&self, call: Call) -> impl Future<Output = Result<Frames, Refusal>> + Send;
-}
-
-struct Receiving<O> {
-    owner: O,
+struct Door {
     keys: Keys,
     me: watch::Receiver<BootId>,
     clock: Clock,
 }
 
-/// The internal listener's one route.
-pub fn router<O: Owner>(owner: O, keys: Keys, me: watch::Receiver<BootId>, clock: Clock) -> Router {
-    let state = Arc::new(Receiving {
-        owner,
-        keys,
-        me,
-        clock,
-    });
-    Router::new()
-        .route(PATH, post(receive::<O>))
-        .layer(DefaultBodyLimit::max(PAYLOAD_BYTES))
-        .with_state(state)
-}
-
-async fn receive<O: Owner>(
-    State(state): State<Arc<Receiving<O>>>,
+async fn serve<O: Owner>(
+    State((door, owner)): State<(Arc<Door>, Arc<O>)>,
     headers: HeaderMap,
-    payload: Bytes,
+    body: Body,
 ) -> Response {
-    match state.serve(&headers, payload).await {
-        Ok(frames) => Body::from_stream(Encoded {
-            frames,
-            ended: false,
-        })
-        .into_response(),
+    let accepted = match door.verify(&headers, body).await {
+        Ok(call) => owner.accept(call).await,
+        Err(invalid) => {
+            tracing::warn!(%invalid, "a forwarded call was refused");
+            Err(Refusal::Invalid)
+        }
+    };
+    match accepted {
+        Ok(frames) => {
+            let mut response = Response::new(Body::new(Encoder::new(frames)));
+            let frames = HeaderValue::from_static(FRAMES);
+            response.headers_mut().insert(header::CONTENT_TYPE, frames);
+            response
+        }
         Err(refusal) => {
-            telemetry::forward_refused(refusal.as_str());
-            (refusal.status(), refusal.as_str()).into_response()
+            telemetry::forward_refused(refusal.code());
+            (refusal.status(), refusal.code()).into_response()
         }
     }
 }
 
-impl<O: Owner> Receiving<O> {
-    async fn serve(&self, headers: &HeaderMap, payload: Bytes) -> Result<Frames, Refusal> {
-        let text = headers.get(ENVELOPE).ok_or(Refusal::Invalid)?;
-        let mac = headers.get(MAC).and_then(|mac| mac.to_str().ok());
-        let mac = mac.ok_or(Refusal::Invalid)?;
-        let (me, now) = (*self.me.borrow(), self.clock.now().as_millisecond());
-        let envelope = self.keys.open(text.as_bytes(), mac, me, now, &payload)?;
-        self.owner.accept(Call { envelope, payload }).await
+impl Door {
+    async fn verify(&self, headers: &HeaderMap, body: Body) -> Result<Call, Invalid> {
+        let sealed = headers.get(HEADER).ok_or(Invalid::Seal)?;
+        let now = self.clock.now().as_millisecond();
+        let me = *self.me.borrow();
+        let opened = envelope::open(&self.keys, sealed.as_bytes(), me, now)?;
+        let read = timeout(BODY_TIME, read(body)).await;
+        match read.ok().flatten() {
+            Some((body, hash)) if hash == opened.body_sha256 => Ok(Call {
+                envelope: opened.envelope,
+                body,
+            }),
+            _ => Err(Invalid::Body),
+        }
     }
 }
 
-/// Frames as bytes.
-struct Encoded {
-    frames: Frames,
-    ended: bool,
-}
-
-impl Stream for Encoded {
-    type Item = Result<Bytes, std::convert::Infallible>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let mut out = BytesMut::new();
-        while !self.ended && out.len() < WRITE {
-            match self.frames.as_mut().poll_next(context) {
-                Poll::Ready(Some(frame)) => {
-                    frame.write(&mut out);
-                    self.ended = matches!(frame, Frame::End(_));
-                }
-                Poll::Ready(None) => self.ended = true,
-                Poll::Pending if out.is_empty() => return Poll::Pending,
-                Poll::Pending => break,
-            }
-        }
-        if out.is_empty() {
-            return Poll::Ready(None);
-        }
-        Poll::Ready(Some(Ok(out.freeze())))
+/// A body and its SHA-256; `None` if it is cut, too large, or of unknown length.
+async fn read(mut body: Body) -> Option<(Bytes, [u8; 32])> {
+    let length = usize::try_from(body.size_hint().exact()?).ok()?;
+    if length > BODY_BYTES {
+        return None;
     }
+    let mut hash = Sha256::new();
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let chunk = frame.ok()?.into_data().ok()?;
+        hash.update(&chunk);
+        if chunk.len() == length {
+            return Some((chunk, hash.finalize().into()));
+        }
+        whole.reserve(length - whole.len());
+        whole.extend_from_slice(&chunk);
+    }
+    (whole.len() == length).then(|| (whole.freeze(), hash.finalize().into()))
 }

@@ -91,13 +91,18 @@ impl Event {
         }
     }
 
+    /// Its JSON, owned.
+    #[must_use]
+    pub fn into_data(self) -> Bytes {
+        match self.form {
+            Form::Sse(event) => event.data_bytes(),
+            Form::Json(json) => json,
+        }
+    }
+
     /// As a text frame; `None` if it is not UTF-8.
     #[must_use]
     pub fn into_text(self) -> Option<Utf8Bytes> {
-        let json = match self.form {
-            Form::Sse(event) => event.data_bytes(),
-            Form::Json(json) => json,
-        };
-        Utf8Bytes::try_from(json).ok()
+        Utf8Bytes::try_from(self.into_data()).ok()
     }
 }

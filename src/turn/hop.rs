@@ -7,18 +7,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::Stream;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
-    Ask, Caller, End, Engine, Event, Held, Inner, Item, Reject, Running, Stop, Transport,
+    Ask, Budget, Caller, End, Engine, Event, Held, Inner, Item, Reject, Running, Stop, Transport,
     relay::{self, Receiver, Sender},
     route,
 };
 use crate::{
-    forward::{About, Answer, Call, Client, Envelope, Frame, Frames, NotSent, Owner, Refusal},
+    forward::{Answer, Call, Client, Envelope, Failure as Unanswered, Frame, Owner, Refusal},
     ids::LeaseId,
     lease,
     protocol::{
@@ -28,7 +29,7 @@ use crate::{
 };
 
 /// The way to other replicas. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Peers(Client);
 
 impl Peers {
@@ -47,7 +48,7 @@ const ROUTES: [&str; 4] = [
     "v1/responses/compact",
 ];
 
-/// What goes with a body.
+/// What goes with a body, beside what the envelope says itself.
 #[derive(Serialize, Deserialize)]
 struct Details {
     route: String,
@@ -159,8 +160,7 @@ pub(super) async fn forward(
     let Some(Peers(client)) = &engine.peers else {
         return Sent::Silent;
     };
-    let payload = pack(ask);
-    let about = About {
+    let envelope = Envelope {
         origin: engine.replica.boot(),
         target: *boot,
         lease: row.lease,
@@ -168,19 +168,19 @@ pub(super) async fn forward(
         scope: ask.caller.scope(),
         api_key: ask.caller.api_key(),
         turn: ask.id,
+        details: details(ask),
     };
-    let now = engine.upstream.clock().now().as_millisecond();
-    let envelope = Envelope::new(about, now, &payload);
-    match client.send(endpoint, &envelope, payload).await {
+    let body = ask.request.body.clone();
+    match client.send(endpoint, &envelope, body).await {
         Ok(answer) => {
             relay(engine, answer, out).await;
             Sent::Served
         }
-        Err(NotSent::Silent) => Sent::Silent,
-        Err(NotSent::Refused(Refusal::NotOwner)) => Sent::NotOwner,
-        Err(NotSent::Refused(Refusal::Full)) => Sent::Busy,
-        Err(NotSent::Refused(Refusal::Begun)) => Sent::Begun,
-        Err(NotSent::Refused(Refusal::Draining | Refusal::Invalid)) => Sent::Silent,
+        Err(Unanswered::Silent | Unanswered::Refused(Refusal::Draining)) => Sent::Silent,
+        // So answers also who started anew at the same address.
+        Err(Unanswered::Refused(Refusal::NotOwner | Refusal::Invalid)) => Sent::NotOwner,
+        Err(Unanswered::Refused(Refusal::Full)) => Sent::Busy,
+        Err(Unanswered::Refused(Refusal::Begun)) => Sent::Begun,
     }
 }
 
@@ -196,18 +196,15 @@ async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
             }
         };
         let item = match frame {
-            Ok(Some(Frame::Token(token))) => {
-                let token = serde_json::from_slice(&token).ok().flatten();
-                Item::Begun(token)
-            }
-            Ok(Some(Frame::Head(headers))) => Item::Head(headers),
-            Ok(Some(Frame::Event(json))) => Item::Event(Event::from_json(json)),
-            Ok(Some(Frame::End(end))) => {
+            Ok(Frame::Token(token)) => Item::Begun(serde_json::from_str(&token).ok().flatten()),
+            Ok(Frame::Head(headers)) => Item::Head(headers),
+            Ok(Frame::Sse(json) | Frame::Json(json)) => Item::Event(Event::from_json(json)),
+            Ok(Frame::End(end)) => {
                 let end = serde_json::from_slice::<Ended>(&end);
                 let end = end.map_or_else(|_| cut(engine), End::from);
                 return out.last(Item::End(end));
             }
-            Ok(None) | Err(_) => return out.last(Item::End(cut(engine))),
+            Err(_) => return out.last(Item::End(cut(engine))),
         };
         if out.send(item).await.is_err() {
             return;
@@ -221,8 +218,7 @@ fn cut(engine: &Inner) -> End {
     End::Failed(Box::new(Stop::Upstream(Failure::truncated(now), None)))
 }
 
-/// Details and body, the details after their length.
-fn pack(ask: &Ask) -> Bytes {
+fn details(ask: &Ask) -> Box<RawValue> {
     let text = |value: &HeaderValue| value.to_str().ok().map(str::to_owned);
     let headers = ask.headers.iter();
     let turn_state = ask.turn_state.as_deref().map(String::from_utf8_lossy);
@@ -236,12 +232,7 @@ fn pack(ask: &Ask) -> Bytes {
             .collect(),
         turn_state: turn_state.map(|text| text.into_owned()),
     };
-    let details = serde_json::to_vec(&details).expect("text and numbers are JSON");
-    let mut payload = BytesMut::with_capacity(4 + details.len() + ask.request.body.len());
-    payload.put_u32(u32::try_from(details.len()).unwrap_or(u32::MAX));
-    payload.put_slice(&details);
-    payload.put_slice(&ask.request.body);
-    payload.freeze()
+    to_raw_value(&details).expect("text and numbers are JSON")
 }
 
 /// The owner looks the key up by its id; nobody needs the credential.
@@ -252,22 +243,21 @@ fn is_secret(name: &HeaderName) -> bool {
     )
 }
 
-fn unpack(mut payload: Bytes) -> Option<(Details, Bytes)> {
-    let length = usize::try_from(payload.try_get_u32().ok()?).ok()?;
-    if length > payload.len() {
-        return None;
-    }
-    let details = serde_json::from_slice(&payload.split_to(length)).ok()?;
-    Some((details, payload))
+/// Serves the turns that peers send.
+pub struct Receiving {
+    /// Runs them.
+    pub engine: Engine,
+    /// Bytes of bodies held at once, those of clients included.
+    pub bytes: Budget,
 }
 
-/// Serves the turns that peers send.
-pub struct Receiving(pub Engine);
-
 impl Owner for Receiving {
-    async fn accept(&self, call: Call) -> Result<Frames, Refusal> {
-        let engine = &self.0.0;
-        let (ask, lease) = ask(engine, call)?;
+    type Frames = Framed;
+
+    async fn accept(&self, call: Call) -> Result<Framed, Refusal> {
+        let engine = &self.engine.0;
+        let held = self.bytes.take(call.body.len()).ok_or(Refusal::Full)?;
+        let (ask, lease) = ask(engine, call, held)?;
         let (sender, mut items) = relay::channel();
         route::forwarded(engine, Box::new(ask), sender, Running::start(engine), lease);
         // What comes first says whether it has begun; a turn that ends before is told as any other.
@@ -283,16 +273,17 @@ impl Owner for Receiving {
                 _ => {}
             }
         }
-        Ok(Box::pin(Framed {
+        Ok(Framed {
             first: Some(first),
             items,
-        }))
+        })
     }
 }
 
-fn ask(engine: &Arc<Inner>, call: Call) -> Result<(Ask, LeaseId), Refusal> {
-    let Call { envelope, payload } = call;
-    let (details, body) = unpack(payload).ok_or(Refusal::Invalid)?;
+fn ask(engine: &Arc<Inner>, call: Call, held: Held) -> Result<(Ask, LeaseId), Refusal> {
+    let Call { envelope, body } = call;
+    let details = envelope.details.get();
+    let details: Details = serde_json::from_str(details).map_err(|_| Refusal::Invalid)?;
     let caller = match envelope.api_key {
         None => Caller::anonymous(),
         Some(id) => Caller::of(&engine.keys.by_id(id).map_err(|_| Refusal::Invalid)?),
@@ -325,14 +316,14 @@ fn ask(engine: &Arc<Inner>, call: Call) -> Result<(Ask, LeaseId), Refusal> {
         turn_state: details.turn_state.map(Bytes::from),
         line: None,
         forwarded: None,
-        held: Held::default(),
+        held,
         arrived: Instant::now(),
     };
     Ok((ask, envelope.lease))
 }
 
 /// What a turn yields, as frames.
-struct Framed {
+pub struct Framed {
     first: Option<Item>,
     items: Receiver<Item>,
 }
@@ -346,14 +337,14 @@ impl Stream for Framed {
             None => std::task::ready!(self.items.poll_recv(context)),
         };
         Poll::Ready(item.map(|item| match item {
-            Item::Begun(token) => Frame::Token(json(&token)),
+            Item::Begun(token) => Frame::Token(text(&token)),
             Item::Head(headers) => Frame::Head(headers),
-            Item::Event(event) => Frame::Event(Bytes::copy_from_slice(&event.data())),
-            Item::End(end) => Frame::End(json(&Ended::from(end))),
+            Item::Event(event) => Frame::Json(event.into_data()),
+            Item::End(end) => Frame::End(text(&Ended::from(end)).into()),
         }))
     }
 }
 
-fn json(value: &impl Serialize) -> Bytes {
-    Bytes::from(serde_json::to_vec(value).expect("text and numbers are JSON"))
+fn text(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("text and numbers are JSON")
 }

@@ -30,6 +30,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         "upstream",
         &["config", "db", "bus", "task", "account", "quota"],
     ),
+    ("forward", &["db", "task"]),
     (
         "turn",
         &[

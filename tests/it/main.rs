@@ -15,6 +15,7 @@ mod codex;
 mod credentials;
 mod documents;
 mod embedded;
+mod forward;
 mod http;
 mod keys;
 mod ledger;
