@@ -134,17 +134,31 @@ impl Upstream {
         let now = self.now();
         let mut view = self.view.clone();
         let blocked = view.wait_for(|view| {
-            let account = view
-                .accounts
-                .iter()
-                .find(|candidate| candidate.id == account);
-            account.is_none_or(|account| {
+            view.account(account).is_none_or(|account| {
                 let mut blocks = account.blocks.iter();
                 blocks.any(|block| block.family == family.as_str() && block.until > now)
             })
         });
         // A block that has passed already is never shown.
         drop(tokio::time::timeout(VIEW_LAG, blocked).await);
+    }
+
+    /// Notes a failure that is the account's fault: for a while it ranks behind the others.
+    pub fn penalise(&self, account: AccountId) {
+        let now = self.now();
+        let view = self.view.borrow();
+        let known = view.account(account);
+        if let Some(until) = known.and_then(|account| account.penalty.strike(now)) {
+            let seconds = until - now;
+            tracing::warn!(account_id = %account, seconds, "an account fails; it is the last choice for a while");
+        }
+    }
+
+    /// Notes that the account has served.
+    pub fn lift_penalty(&self, account: AccountId) {
+        if let Some(account) = self.view.borrow().account(account) {
+            account.penalty.lift();
+        }
     }
 
     /// Tokens that upstream takes.

@@ -89,6 +89,7 @@ mod tests {
             blocks: Vec::new(),
             models: None,
             in_flight: Default::default(),
+            penalty: Default::default(),
         }
     }
 

@@ -285,6 +285,7 @@ mod tests {
             blocks,
             models: None,
             in_flight: Default::default(),
+            penalty: Default::default(),
         };
         status(&account, family, NOW + seconds) != Status::Active
     }

@@ -98,6 +98,9 @@ pub struct Chosen {
     pub capacity: f64,
     /// Turns of this process at the account before this one.
     pub in_flight: u32,
+    /// Whether it failed of late, as all the others did.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub penalised: bool,
     /// What became of the preference.
     pub sticky: Sticky,
 }
@@ -109,6 +112,9 @@ pub struct Explanation {
     pub considered: u32,
     /// Those that could have been chosen.
     pub eligible: u32,
+    /// How many of those rank last because they failed of late.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub penalised: u32,
     /// The others, by reason.
     pub excluded: Excluded,
     /// The first few of the others by name. An account outside the key's grants is counted, never named.
@@ -143,6 +149,9 @@ impl fmt::Display for Explanation {
         if self.excluded.iter().next().is_some() {
             f.write_str(")")?;
         }
+        if self.penalised > 0 {
+            write!(f, ", {} of them penalised", self.penalised)?;
+        }
         let Some(chosen) = &self.chosen else {
             return Ok(());
         };
@@ -162,4 +171,12 @@ impl fmt::Display for Explanation {
             chosen.sticky.as_str()
         )
     }
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }

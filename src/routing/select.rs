@@ -36,6 +36,8 @@ pub struct Ask<'a> {
     pub tried: &'a [AccountId],
     /// The key's grants; `None` = every account.
     pub allowed: Option<&'a [AccountId]>,
+    /// Whether the turn builds on what only the preferred account's connection remembers: then a penalty does not part them.
+    pub anchored: bool,
 }
 
 /// The answer.
@@ -76,7 +78,7 @@ pub enum Sticky {
     New,
     /// The preferred account serves.
     Kept,
-    /// Another serves this turn; the preference stays.
+    /// Another serves this turn, while the preferred account is blocked or penalised; the preference stays.
     Detour,
     /// The choice is the new preference: the old account is clearly worse, blocked for long, or can no longer serve.
     Moved,
@@ -102,7 +104,8 @@ impl Sticky {
 }
 
 /// Chooses an account for a turn. The preferred account serves while it can; otherwise accounts are drawn at random, weighted by remaining
-/// capacity over pressure: the plan's size times the unused share of the scarcest window, divided by one plus the turns in flight.
+/// capacity over pressure: the plan's size times the unused share of the scarcest window, divided by one plus the turns in flight. Accounts under a
+/// penalty serve only where no other can.
 #[must_use]
 pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
     // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better.
@@ -121,6 +124,7 @@ pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
         match consider(account, ask, listed) {
             Ok(candidate) => {
                 explanation.eligible += 1;
+                explanation.penalised += u32::from(candidate.penalised);
                 if incumbent.is_none_or(|incumbent| candidate.clearly_better_than(&incumbent)) {
                     draw.offer(candidate, rng);
                 }
@@ -133,6 +137,7 @@ pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
     }
     let (chosen, sticky) = match (incumbent, draw.drawn) {
         (Some(incumbent), None) => (incumbent, Sticky::Kept),
+        (Some(incumbent), Some(better)) if incumbent.penalised => (better, Sticky::Detour),
         (Some(_), Some(better)) => (better, Sticky::Moved),
         (None, Some(drawn)) => (drawn, otherwise),
         (None, None) => {
@@ -151,6 +156,7 @@ pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
         used_percent: chosen.used,
         capacity: chosen.capacity,
         in_flight: chosen.in_flight,
+        penalised: chosen.penalised,
         sticky,
     });
     Decision::Use(Choice {
@@ -170,6 +176,7 @@ struct Candidate {
     /// What is left of it.
     capacity: f64,
     in_flight: u32,
+    penalised: bool,
 }
 
 impl Candidate {
@@ -177,12 +184,31 @@ impl Candidate {
         self.used.unwrap_or(NEUTRAL_USED)
     }
 
-    /// Worth a cold cache. Both conditions keep conversations from wandering between accounts that are equally full.
+    fn rank(&self) -> Rank {
+        Rank {
+            sound: !self.penalised,
+            left: self.capacity > 0.0,
+        }
+    }
+
+    /// Worth a cold cache. Both conditions on use keep conversations from wandering between accounts that are equally full.
     fn clearly_better_than(&self, incumbent: &Self) -> bool {
+        if self.penalised != incumbent.penalised {
+            return incumbent.penalised;
+        }
         incumbent.used() > NEARLY_USED
             && self.used() <= NEARLY_USED
             && self.capacity >= CLEARLY_BETTER * incumbent.capacity
     }
+}
+
+/// Better is greater; only the best rank is drawn from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    /// Not under a penalty.
+    sound: bool,
+    /// Has capacity left.
+    left: bool,
 }
 
 /// Why an account cannot serve, and for a block until when.
@@ -221,6 +247,8 @@ fn consider(account: &Account, ask: &Ask<'_>, listed: bool) -> Result<Candidate,
                 size,
                 capacity: size * unused.max(0.0),
                 in_flight: account.in_flight.load(Ordering::Relaxed),
+                penalised: account.penalty.lasts(ask.now)
+                    && !(ask.anchored && ask.sticky == Some(account.id)),
             })
         }
     }
@@ -247,28 +275,28 @@ fn preference(view: &View, ask: &Ask<'_>, listed: bool) -> (Option<Candidate>, S
     }
 }
 
-/// One weighted random draw over accounts that are offered one after the other. Accounts without remaining capacity are drawn, by size,
-/// only if there are no others.
+/// One weighted random draw over accounts that are offered one after the other, among those of the best rank. Where nothing is left, the
+/// plan's size is the weight.
 #[derive(Default)]
 struct Draw {
     drawn: Option<Candidate>,
-    any_left: bool,
+    rank: Rank,
     total: f64,
 }
 
 impl Draw {
     fn offer(&mut self, candidate: Candidate, rng: &mut impl Rng) {
-        let left = candidate.capacity > 0.0;
-        if self.any_left && !left {
+        let rank = candidate.rank();
+        if rank < self.rank {
             return;
         }
-        if left && !self.any_left {
+        if rank > self.rank {
             *self = Self {
-                any_left: true,
+                rank,
                 ..Self::default()
             };
         }
-        let attraction = if left {
+        let attraction = if rank.left {
             candidate.capacity
         } else {
             candidate.size

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, atomic::AtomicU32},
 };
 
+use super::Penalty;
 use crate::ids::AccountId;
 
 /// The life of an account as operators and upstream's verdicts shape it; limits are no part of it.
@@ -62,11 +63,22 @@ impl FromStr for Lifecycle {
 #[error("unknown account status")]
 pub struct UnknownLifecycle;
 
-/// The pool as selection sees it. Immutable but for the in-flight counters.
+/// The pool as selection sees it. Immutable but for the counters and penalties of this process.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     /// Every account, in order of its id.
     pub accounts: Vec<Account>,
+}
+
+impl View {
+    /// The account of that id.
+    #[must_use]
+    pub fn account(&self, id: AccountId) -> Option<&Account> {
+        let index = self
+            .accounts
+            .binary_search_by_key(&id, |account| account.id);
+        self.accounts.get(index.ok()?)
+    }
 }
 
 /// One account of the pool.
@@ -86,6 +98,8 @@ pub struct Account {
     pub models: Option<Arc<BTreeSet<String>>>,
     /// Turns that this process runs at the account now.
     pub in_flight: Arc<AtomicU32>,
+    /// What this process holds against it.
+    pub penalty: Arc<Penalty>,
 }
 
 /// One quota window of one family.

@@ -288,6 +288,7 @@ impl<'a> Turn<'a> {
             let (generation, attempted) = self.attempt(account, freshness, carrier, began).await;
             let (failure, told) = match attempted {
                 Attempted::Done(told) => {
+                    self.engine.upstream.lift_penalty(account);
                     self.end_attempt("completed", Some(200), Some(&told.terminal), began);
                     return Finish::Done(told);
                 }
@@ -450,6 +451,7 @@ impl<'a> Turn<'a> {
             sticky: preferred,
             tried: &self.tried,
             allowed: self.ask.caller.accounts(),
+            anchored: self.ask.request.facts.previous_response_id.is_some(),
         };
         match routing::select(&view, &ask, &mut rand::rng()) {
             Decision::Use(choice) => {
@@ -510,7 +512,8 @@ impl<'a> Turn<'a> {
         generation: Option<i64>,
     ) {
         let lifecycle = match effect {
-            Effect::None | Effect::RefreshCredential | Effect::Penalise => return,
+            Effect::None | Effect::RefreshCredential => return,
+            Effect::Penalise => return self.engine.upstream.penalise(account),
             Effect::Block { until } => {
                 let reason = failure.word();
                 let family = self.family(failure);

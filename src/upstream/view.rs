@@ -14,7 +14,7 @@ use crate::{
     db,
     ids::AccountId,
     quota::Quota,
-    routing::{Account, View},
+    routing::{Account, Penalty, View},
     task::Tasks,
 };
 
@@ -34,8 +34,8 @@ pub(super) async fn keep(
     let mut models = bus.subscribe(Topic::Models);
     let mut observed = quota.changed();
     let mut entries = accounts.load_all().await?;
-    let mut counters = HashMap::new();
-    let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &mut counters)));
+    let mut kept = HashMap::new();
+    let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &mut kept)));
     let stop = tasks.stopping();
     tasks.essential("view", async move {
         let follow = async {
@@ -53,7 +53,7 @@ pub(super) async fn keep(
                         Err(error) => tracing::warn!(%error, "the view of the pool is old"),
                     }
                 }
-                sender.send_replace(Arc::new(build(&entries, &quota, &mut counters)));
+                sender.send_replace(Arc::new(build(&entries, &quota, &mut kept)));
                 tokio::time::sleep(THROTTLE).await;
             }
         };
@@ -62,16 +62,16 @@ pub(super) async fn keep(
     Ok(receiver)
 }
 
-/// One snapshot. `counters` carries the turns in flight from snapshot to snapshot.
-fn build(
-    entries: &[AccountEntry],
-    quota: &Quota,
-    counters: &mut HashMap<AccountId, Arc<AtomicU32>>,
-) -> View {
+/// What is carried from snapshot to snapshot: the turns in flight and what is held against the account.
+type Kept = (Arc<AtomicU32>, Arc<Penalty>);
+
+/// One snapshot.
+fn build(entries: &[AccountEntry], quota: &Quota, kept: &mut HashMap<AccountId, Kept>) -> View {
     let accounts: BTreeMap<AccountId, Account> = entries
         .iter()
         .map(|entry| {
             let (windows, blocks) = quota.snapshot(entry.id);
+            let (in_flight, penalty) = kept.entry(entry.id).or_default().clone();
             let account = Account {
                 id: entry.id,
                 lifecycle: entry.lifecycle,
@@ -79,12 +79,13 @@ fn build(
                 windows,
                 blocks,
                 models: entry.models.clone(),
-                in_flight: Arc::clone(counters.entry(entry.id).or_default()),
+                in_flight,
+                penalty,
             };
             (entry.id, account)
         })
         .collect();
-    counters.retain(|id, _| accounts.contains_key(id));
+    kept.retain(|id, _| accounts.contains_key(id));
     View {
         accounts: accounts.into_values().collect(),
     }

@@ -1,6 +1,6 @@
 //! Turns over HTTP: what comes back, what upstream saw, what was booked.
 
-use loadtest::upstream::{Fault, Kind, Stage};
+use loadtest::upstream::{Attempt, Fault, Kind, Stage};
 use serde_json::{Value, json};
 
 use crate::support::house::{House, codex_body, events, text_of};
@@ -207,6 +207,25 @@ async fn server_errors_are_repeated_and_then_go_elsewhere() {
         accounts[0] == accounts[1] && accounts[1] == accounts[2] && accounts[2] != accounts[3],
         "{accounts:?}"
     );
+}
+
+#[tokio::test]
+async fn an_account_that_fails_is_asked_once_and_the_next_turns_go_elsewhere() {
+    let house = House::with(&["alice", "bob"]).await;
+    let broken = || Kind::Status(503, "unavailable".into());
+    house.upstream.fault(Fault::once(broken()));
+    events(house.codex_turn("t", "turn-1", "hi").await).await;
+    let failing = house.upstream.attempts()[0].account.clone();
+    house.upstream.fault(Fault::always(broken()).at(&failing));
+    for turn in ["turn-2", "turn-3", "turn-4", "turn-5", "turn-6", "turn-7"] {
+        let events = events(house.codex_turn(turn, turn, "hi").await).await;
+        assert_eq!(text_of(&events), "echo: hi..");
+        assert_eq!(house.explanation(turn).await["penalised"], 1);
+    }
+    let attempts = house.upstream.attempts();
+    assert_eq!(attempts.len(), 8);
+    let asked = |attempt: &&Attempt| attempt.account == failing;
+    assert_eq!(attempts.iter().filter(asked).count(), 1);
 }
 
 #[tokio::test]

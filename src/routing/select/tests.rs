@@ -29,6 +29,7 @@ fn account(number: usize, used_percent: f64) -> Account {
         blocks: Vec::new(),
         models: None,
         in_flight: Arc::new(AtomicU32::new(0)),
+        penalty: Arc::default(),
     }
 }
 
@@ -48,6 +49,11 @@ fn blocked(mut account: Account, seconds: i64) -> Account {
         until: NOW + seconds,
         reason: "usage_limit_reached".into(),
     });
+    account
+}
+
+fn penalised(account: Account) -> Account {
+    account.penalty.strike(NOW);
     account
 }
 
@@ -71,6 +77,7 @@ const ASK: Ask<'static> = Ask {
     sticky: None,
     tried: &[],
     allowed: None,
+    anchored: false,
 };
 
 fn decide(accounts: Vec<Account>, ask: &Ask<'_>) -> Decision {
@@ -118,6 +125,11 @@ fn turns_are_spread_by_what_is_left_and_by_what_runs() {
         ("another family's window does not", other_family, 0.5),
         ("a window whose reset has passed is unused", reset, 0.375),
         ("a full one is the last choice", account(2, 100.0), 1.0),
+        (
+            "one that failed is not chosen",
+            penalised(account(2, 0.0)),
+            1.0,
+        ),
     ] {
         let share = shares(vec![account(1, 40.0), other])[&id(1)];
         assert!(
@@ -239,6 +251,70 @@ fn a_conversation_keeps_its_account_unless_another_is_clearly_better() {
             ..ASK
         };
         let Decision::Use(choice) = decide(vec![preferred, other], &ask) else {
+            panic!("{what}: nobody");
+        };
+        assert_eq!(
+            (choice.sticky, choice.account),
+            (sticky, id(number)),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn an_account_that_failed_serves_where_no_other_can_and_its_conversations_return() {
+    use Sticky::*;
+    let (failed, full, other) = (
+        || penalised(account(1, 0.0)),
+        || account(2, 100.0),
+        || account(2, 50.0),
+    );
+    let mine = Ask {
+        sticky: Some(id(1)),
+        ..ASK
+    };
+    let anchored = Ask {
+        anchored: true,
+        ..mine
+    };
+    let later = Ask {
+        now: NOW + 30,
+        ..mine
+    };
+    for (what, pool, ask, sticky, number) in [
+        (
+            "a full one comes first",
+            vec![failed(), full()],
+            ASK,
+            New,
+            2,
+        ),
+        ("alone it serves", vec![failed()], ASK, New, 1),
+        ("alone it is kept", vec![failed()], mine, Kept, 1),
+        ("detoured", vec![failed(), other()], mine, Detour, 2),
+        (
+            "both failed",
+            vec![failed(), penalised(other())],
+            mine,
+            Kept,
+            1,
+        ),
+        (
+            "its socket remembers",
+            vec![failed(), other()],
+            anchored,
+            Kept,
+            1,
+        ),
+        (
+            "the penalty has passed",
+            vec![failed(), other()],
+            later,
+            Kept,
+            1,
+        ),
+    ] {
+        let Decision::Use(choice) = decide(pool, &ask) else {
             panic!("{what}: nobody");
         };
         assert_eq!(
@@ -384,10 +460,11 @@ fn an_explanation_reads_well_as_json_and_as_text() {
         }),
         blocked(account(3, 0.0), 60),
         account(4, 0.0),
+        penalised(account(5, 0.0)),
     ];
     let ask = Ask {
         sticky: Some(id(1)),
-        allowed: Some(&[id(1), id(2), id(3)]),
+        allowed: Some(&[id(1), id(2), id(3), id(5)]),
         ..ASK
     };
     let Decision::Use(choice) = decide(pool, &ask) else {
@@ -396,8 +473,9 @@ fn an_explanation_reads_well_as_json_and_as_text() {
     assert_eq!(
         serde_json::to_value(&choice.explanation).unwrap(),
         serde_json::json!({
-            "considered": 4,
-            "eligible": 1,
+            "considered": 5,
+            "eligible": 2,
+            "penalised": 1,
             "excluded": {"not_granted": 1, "paused": 1, "blocked": 1},
             "named": [[id(2), "paused"], [id(3), "blocked"]],
             "chosen": {"account": id(1), "used_percent": 37.0, "capacity": 0.63, "in_flight": 2, "sticky": "kept"},
@@ -406,7 +484,7 @@ fn an_explanation_reads_well_as_json_and_as_text() {
     assert_eq!(
         choice.explanation.to_string(),
         format!(
-            "1 of 4 accounts eligible (1 not_granted, 1 paused, 1 blocked); chose {} with capacity 0.63, 37 % used, 2 in flight, sticky kept",
+            "2 of 5 accounts eligible (1 not_granted, 1 paused, 1 blocked), 1 of them penalised; chose {} with capacity 0.63, 37 % used, 2 in flight, sticky kept",
             id(1)
         )
     );
@@ -427,10 +505,10 @@ fn any_account() -> impl Strategy<Value = (Account, bool, bool)> {
         models,
         0.0..120.0,
         0_u32..9,
-        any::<(bool, bool)>(),
+        any::<(bool, bool, bool)>(),
     )
         .prop_map(
-            |(lifecycle, block, has_model, used, in_flight, (tried, allowed))| {
+            |(lifecycle, block, has_model, used, in_flight, (tried, allowed, failed))| {
                 let mut made = with(account(0, used), |account| {
                     account.lifecycle = lifecycle;
                     account.in_flight = Arc::new(AtomicU32::new(in_flight));
@@ -443,6 +521,9 @@ fn any_account() -> impl Strategy<Value = (Account, bool, bool)> {
                 }
                 if let Some(has_model) = has_model {
                     made = listing(made, if has_model { &[ASK.model] } else { &["gpt-4"] });
+                }
+                if failed {
+                    made = penalised(made);
                 }
                 (made, tried, allowed)
             },

@@ -328,11 +328,7 @@ impl Turn<'_> {
 
     fn slot(&self, account: AccountId) -> Option<Slot> {
         let view = self.engine.upstream.view();
-        let index = view
-            .accounts
-            .binary_search_by_key(&account, |account| account.id)
-            .ok()?;
-        Some(Slot::take(&view.accounts[index].in_flight))
+        Some(Slot::take(&view.account(account)?.in_flight))
     }
 }
 
