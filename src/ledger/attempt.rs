@@ -20,7 +20,7 @@ pub struct Try {
     pub account: AccountId,
     /// `http` or `websocket`.
     pub transport: &'static str,
-    /// Length of the body, decoded, without inline images.
+    /// Length of the body, decoded, without images and files that stand in it.
     pub request_bytes: u64,
 }
 

@@ -64,6 +64,8 @@ pub struct Facts {
     pub service_tier: Option<String>,
     /// Some input is an image.
     pub input_images: bool,
+    /// Bytes of images and files that stand in the input itself: they say nothing of its tokens.
+    pub inline_bytes: u64,
     /// Who asks; the body's word alone until [`Client::with_headers`].
     pub client: Client,
 }

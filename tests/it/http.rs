@@ -272,6 +272,25 @@ async fn a_cut_after_something_visible_ends_with_one_well_formed_failure() {
 }
 
 #[tokio::test]
+async fn an_image_in_the_request_weighs_nothing_in_an_estimate() {
+    let house = House::start().await;
+    house
+        .upstream
+        .fault(Fault::once(Kind::Cut(Stage::BeforeTerminal)));
+    let image = format!("data:image/png;base64,{}", "A".repeat(1 << 20));
+    let content = json!([{ "type": "input_image", "image_url": image }]);
+    let mut body = codex_body("what is this?");
+    let message = json!({ "type": "message", "role": "user", "content": content });
+    body["input"].as_array_mut().unwrap().push(message);
+    let request = house.post("/backend-api/codex/responses").json(&body);
+    events(request.send().await.unwrap()).await;
+    let turn = house.turns().await.pop().unwrap();
+    assert_eq!(turn["estimated"], true);
+    let input = turn["input_tokens"].as_i64().unwrap();
+    assert!((1..10_000).contains(&input), "{input}");
+}
+
+#[tokio::test]
 async fn a_collected_request_that_is_cut_fails_fast_with_504() {
     let house = House::with(&["alice", "bob"]).await;
     house

@@ -118,7 +118,7 @@ pub(super) fn normalise(body: &mut Container<'_>, shape: Shape) -> Result<Facts,
     if client.turn_state.is_some() {
         without_turn_state(body);
     }
-    let input_images = input(body, shape)?;
+    let (input_images, inline_bytes) = input(body, shape)?;
     truncation(body)?;
     if shape == Shape::Compact {
         force(body, "parallel_tool_calls", "false");
@@ -134,6 +134,7 @@ pub(super) fn normalise(body: &mut Container<'_>, shape: Shape) -> Result<Facts,
         prompt_cache_key,
         service_tier,
         input_images,
+        inline_bytes,
         client,
     })
 }
@@ -333,7 +334,6 @@ fn truncation(body: &mut Container<'_>) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// Brings `messages`, `input` and `instructions` into the one form that upstream takes. Returns whether there are images.
 /// The turn state of a client is ours, or nobody's: it stays here.
 fn without_turn_state(body: &mut Container<'_>) {
     let metadata = body.get("client_metadata").map(Container::object);
@@ -345,7 +345,9 @@ fn without_turn_state(body: &mut Container<'_>) {
     }
 }
 
-fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
+/// Brings `messages`, `input` and `instructions` into the one form that upstream takes. Returns whether there are images, and
+/// the bytes of those, and of files, that stand in it.
+fn input(body: &mut Container<'_>, shape: Shape) -> Result<(bool, u64), Invalid> {
     let instructions = text(body, "instructions")?;
     if instructions.is_none() {
         body.remove("instructions");
@@ -373,7 +375,7 @@ fn input(body: &mut Container<'_>, shape: Shape) -> Result<bool, Invalid> {
         let all: Vec<_> = said.into_iter().chain(read.hoisted).collect();
         body.set("instructions", quoted(&all.join("\n")));
     }
-    Ok(read.images)
+    Ok((read.images, read.inline_bytes))
 }
 
 /// The list of items: as it came, or made of what the client has sent instead.

@@ -25,6 +25,8 @@ pub(super) struct Read {
     pub(super) hoisted: Vec<String>,
     /// Some item holds an image.
     pub(super) images: bool,
+    /// Bytes of images and files that stand in the items.
+    pub(super) inline_bytes: u64,
 }
 
 /// Traces of other APIs, which upstream refuses.
@@ -235,12 +237,19 @@ fn clean(fields: &mut Container<'_>, kind: &str, read: &mut Read) -> Result<(), 
     if kind == "input_image" {
         read.images = true;
         let url = fields.string("image_url").unwrap_or_default();
+        if url.starts_with("data:") {
+            read.inline_bytes += url.len() as u64;
+        }
         if fields.present("file_id").is_some() || url.starts_with("sediment://") {
             return Err(Invalid {
                 code: "unsupported_input_image_format",
                 ..wrong("An input image must be an http(s) URL or a data URL.")
             });
         }
+    }
+    if kind == "input_file" {
+        let data = fields.string("file_data").unwrap_or_default();
+        read.inline_bytes += data.len() as u64;
     }
     Ok(())
 }

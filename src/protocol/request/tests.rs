@@ -511,6 +511,7 @@ fn the_facts_are_what_the_body_says() {
         prompt_cache_key: Some("k".into()),
         service_tier: Some("priority".into()),
         input_images: true,
+        inline_bytes: 0,
         client: Client {
             thread_id: Some("t".into()),
             ..Client::default()
@@ -524,6 +525,40 @@ fn the_facts_are_what_the_body_says() {
         (native.stream, native.generate, native.input_images),
         (true, true, false)
     );
+}
+
+#[test]
+fn images_and_files_that_stand_in_the_input_are_counted_apart_from_its_text() {
+    let (image, file) = ("data:image/png;base64,AAAA", "JVBERi0x");
+    let content = json!([
+        {"type": "input_text", "text": image},
+        {"type": "input_image", "image_url": image},
+        {"type": "input_image", "image_url": "https://x/y.png"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": file},
+        {"type": "input_file", "file_id": "f"},
+    ]);
+    let chat = json!([
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "file", "file": {"file_data": file}},
+    ]);
+    let both = (image.len() + file.len()) as u64;
+    for (what, sent) in [
+        (
+            "a message",
+            json!({"input": [{"role": "user", "content": content}]}),
+        ),
+        (
+            "a tool's output",
+            json!({"input": [{"type": "function_call_output", "output": content}]}),
+        ),
+        (
+            "a chat",
+            json!({"input": null, "messages": [{"role": "user", "content": chat}]}),
+        ),
+    ] {
+        let facts = read(bytes(&body(&sent)), Shape::OpenAi).unwrap().facts;
+        assert_eq!(facts.inline_bytes, both, "{what}");
+    }
 }
 
 #[test]

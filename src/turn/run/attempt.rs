@@ -110,7 +110,8 @@ impl Turn<'_> {
         let next = Try {
             account,
             transport,
-            request_bytes: self.ask.request.body.len() as u64,
+            request_bytes: (self.ask.request.body.len() as u64)
+                .saturating_sub(self.ask.request.facts.inline_bytes),
         };
         if let Some(opened) = &mut self.open.turn {
             let attempt = self.engine.ledger.attempt(opened, next);
