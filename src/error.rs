@@ -63,8 +63,6 @@ pub enum Code {
     ExpiredApiKey,
     /// The key may not use this model.
     ModelNotAllowed,
-    /// No account serves this model.
-    ModelNotFound,
     /// No such path.
     NotFound,
     /// The path has another method.
@@ -110,7 +108,7 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 31] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
@@ -126,7 +124,6 @@ impl Code {
         Self::InvalidApiKey,
         Self::ExpiredApiKey,
         Self::ModelNotAllowed,
-        Self::ModelNotFound,
         Self::NotFound,
         Self::MethodNotAllowed,
         Self::PayloadTooLarge,
@@ -223,7 +220,6 @@ impl Code {
                 "permission_error",
                 None,
             ),
-            Self::ModelNotFound => row(StatusCode::NOT_FOUND, "model_not_found", invalid, None),
             Self::NotFound => row(StatusCode::NOT_FOUND, "not_found", invalid, None),
             Self::MethodNotAllowed => row(
                 StatusCode::METHOD_NOT_ALLOWED,
