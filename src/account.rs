@@ -75,7 +75,7 @@ pub struct AccountEntry {
 pub struct Listed {
     /// Its id.
     pub id: AccountId,
-    /// The person's address.
+    /// The person's address, or `?` if it does not open.
     pub email: Option<String>,
     /// The operator's name for it.
     pub label: Option<String>,
@@ -167,17 +167,23 @@ impl Accounts {
     /// Every account in order of its id, with its address opened.
     ///
     /// # Errors
-    /// Of the database, or if an address does not open.
+    /// Of the database.
     pub async fn list(&self) -> Result<Vec<Listed>, Error> {
         let listed = |row: &Row| {
             let id: AccountId = row.try_get(0)?;
             let email: Option<Vec<u8>> = row.try_get(3)?;
-            let email = email
-                .map(|sealed| self.ring.open_text(email_of(&id.to_string()), &sealed))
-                .transpose()?;
+            let open =
+                |sealed: Vec<u8>| match self.ring.open_text(email_of(&id.to_string()), &sealed) {
+                    Ok(email) => email.expose_secret().to_owned(),
+                    // Its operator must still be able to see the account, and delete it.
+                    Err(error) => {
+                        tracing::warn!(account_id = %id, %error, "an e-mail address does not open");
+                        "?".to_owned()
+                    }
+                };
             Ok(Listed {
                 id,
-                email: email.map(|email| email.expose_secret().to_owned()),
+                email: email.map(open),
                 label: row.try_get(4)?,
                 plan: row.try_get(2)?,
                 lifecycle: store::lifecycle(row.try_get(1)?),

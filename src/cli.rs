@@ -115,7 +115,11 @@ impl Cli {
                 if strict && !unknown.is_empty() {
                     return Err(BadConfiguration(vec!["unknown settings".into()]).into());
                 }
-                println!("{config:#?}");
+                if self.json {
+                    println!("{}", serde_json::to_string(&config)?);
+                } else {
+                    println!("{config:#?}");
+                }
             }
             Command::Serve => {
                 telemetry::start_logs(&config.log.filter, config.log.format)

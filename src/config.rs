@@ -11,6 +11,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use redis::IntoConnectionInfo as _;
 use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Serialize, Serializer};
 
 use self::faults::{Faults, address, duration, url};
 use self::settings::NAMES;
@@ -18,7 +19,7 @@ pub use self::{settings::Settings, unknown::unknown_names};
 use crate::telemetry::LogFormat;
 
 /// The checked settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Config {
     /// Client listener.
     pub listen: SocketAddr,
@@ -29,6 +30,7 @@ pub struct Config {
     /// Name of this replica.
     pub replica_name: String,
     /// Where the data is.
+    #[serde(serialize_with = "as_printed")]
     pub database: Database,
     /// Redis, for hints between replicas.
     pub redis: Option<RedisUrl>,
@@ -57,7 +59,7 @@ pub struct Config {
 }
 
 /// How other replicas reach this one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Internal {
     /// The listener.
     pub listen: SocketAddr,
@@ -93,6 +95,12 @@ impl fmt::Debug for RedisUrl {
     }
 }
 
+impl Serialize for RedisUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        as_printed(self, serializer)
+    }
+}
+
 /// Where the data is.
 #[derive(Clone)]
 pub enum Database {
@@ -117,10 +125,11 @@ impl fmt::Debug for Database {
 }
 
 /// Where the master keys come from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum MasterKeys {
     /// Given as text.
-    Given(SecretString),
+    Given(#[serde(skip_serializing)] SecretString),
     /// In a file.
     File(PathBuf),
     /// Generated in the data directory when it does not exist; embedded mode only.
@@ -128,7 +137,7 @@ pub enum MasterKeys {
 }
 
 /// The upstream and how to reach it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Upstream {
     /// Base of the backend, without a trailing slash.
     pub url: String,
@@ -141,7 +150,8 @@ pub struct Upstream {
 }
 
 /// How turns travel to the upstream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// A WebSocket client gets an upstream WebSocket, an HTTP client upstream HTTP.
     Auto,
@@ -152,7 +162,8 @@ pub enum Transport {
 }
 
 /// What is kept of finished responses, so that a conversation can be told again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Snapshots {
     /// What the client has not proved to keep itself.
     Auto,
@@ -163,7 +174,8 @@ pub enum Snapshots {
 }
 
 /// Whether a request may go without a key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum KeyRule {
     /// Only on a loopback listener, from this machine, and while no key was ever created.
     Auto,
@@ -172,21 +184,28 @@ pub enum KeyRule {
 }
 
 /// The end of the process.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub struct Drain {
     /// Unready, but still served.
+    #[serde(serialize_with = "as_printed")]
     pub delay: Duration,
     /// For running turns, after the listener has closed.
+    #[serde(serialize_with = "as_printed")]
     pub grace: Duration,
 }
 
 /// Logs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Log {
     /// Tracing filter.
     pub filter: String,
     /// Text or JSON.
     pub format: LogFormat,
+}
+
+/// As it prints: what is secret does not, and times read as in the settings.
+fn as_printed<S: Serializer>(value: &impl fmt::Debug, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:?}"))
 }
 
 impl Settings {

@@ -1,4 +1,5 @@
-//! `drawbridge accounts`: the operator's hand on the pool. An account is named by its label, by its id, or by the start of its id.
+//! `drawbridge accounts`: the operator's hand on the pool. An account is named by its label, by its e-mail address, by
+//! its id, or by the start of its id.
 
 use std::{
     fs::File,
@@ -47,17 +48,17 @@ pub(super) enum AccountsCommand {
     List,
     /// Take an account out of service; its login is kept fresh
     Pause {
-        /// Label, id, or at least 8 digits of the id's start
+        /// Label, e-mail address, id, or at least 8 digits of the id's start
         account: String,
     },
     /// Put a paused account back into service
     Resume {
-        /// Label, id, or at least 8 digits of the id's start
+        /// Label, e-mail address, id, or at least 8 digits of the id's start
         account: String,
     },
     /// Delete an account and its login
     Delete {
-        /// Label, id, or at least 8 digits of the id's start
+        /// Label, e-mail address, id, or at least 8 digits of the id's start
         account: String,
     },
 }
@@ -120,7 +121,7 @@ fn read(path: &Path) -> anyhow::Result<AuthFile> {
     AuthFile::parse(&content).with_context(|| format!("cannot import {}", path.display()))
 }
 
-/// The account of that label, that id, or an id that begins so.
+/// The account of that label, else of that e-mail address, that id, or an id that begins so.
 fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
     let digits = |text: &str| text.replace('-', "").to_ascii_lowercase();
     let prefix = digits(name);
@@ -128,19 +129,21 @@ fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
     let labelled = accounts
         .iter()
         .filter(|account| account.label.as_deref() == Some(name));
-    let begins = accounts
-        .iter()
-        .filter(|account| long_enough && digits(&account.id.to_string()).starts_with(&prefix));
+    let others = accounts.iter().filter(|account| {
+        let email = account.email.as_deref().filter(|_| name.contains('@'));
+        email.is_some_and(|email| email.eq_ignore_ascii_case(name))
+            || long_enough && digits(&account.id.to_string()).starts_with(&prefix)
+    });
     let labelled: Vec<_> = labelled.collect();
     let found = if labelled.is_empty() {
-        begins.collect()
+        others.collect()
     } else {
         labelled
     };
     match found[..] {
         [account] => Ok(account.id),
         [] => bail!(
-            "no account has the label {name:?} or an id that begins with it (at least {PREFIX} digits)"
+            "no account has the label or the e-mail address {name:?} or an id that begins with it (at least {PREFIX} digits)"
         ),
         _ => bail!(
             "{} accounts are named {name:?}: use more digits of the id",
@@ -240,7 +243,7 @@ mod tests {
     fn listed(id: &str, label: Option<&str>) -> Listed {
         Listed {
             id: id.parse().unwrap(),
-            email: Some("u@example.test".into()),
+            email: Some(format!("{id}@example.test")),
             label: label.map(str::to_owned),
             plan: "plus".into(),
             lifecycle: Lifecycle::Active,
@@ -265,6 +268,11 @@ mod tests {
         for (name, expected) in [
             ("mine", Some(one)),
             (one, Some(one)),
+            (
+                "019A0000-0000-7000-8000-000000000001@Example.test",
+                Some(one),
+            ),
+            ("?", None),
             ("019A0000-0000-7000-8000-000000000002", Some(two)),
             ("019a0000000070008000000000000002", Some(two)),
             ("019b0000", Some("019b0000-0000-7000-8000-000000000003")),
@@ -291,7 +299,10 @@ mod tests {
         let [heading, row] = text.lines().collect::<Vec<_>>()[..] else {
             panic!("{text}")
         };
-        assert_eq!(heading.find("EMAIL"), row.find("u@example.test"));
+        assert_eq!(
+            heading.find("EMAIL"),
+            row.find("019a0000-0000-7000-8000-000000000001@")
+        );
         assert_eq!(heading.find("REFRESHED"), row.find("1970-01-01 00:00Z"));
     }
 }

@@ -75,11 +75,25 @@ async fn the_command_takes_a_login_over_and_gives_nothing_away() {
     assert_eq!(account["access_expires_at"], "2033-05-18T03:33:20Z");
 
     let id = account["id"].as_str().unwrap();
-    for (command, name, shown) in [("pause", "work", "paused"), ("resume", &id[..8], "active")] {
+    for (command, name, shown) in [
+        ("pause", "work", "paused"),
+        ("resume", &id[..8], "active"),
+        ("pause", "Alice@example.test", "paused"),
+        ("resume", id, "active"),
+    ] {
         run(&[command, name], "").await.unwrap();
         let table = run(&["list"], "").await.unwrap();
         assert!(table.contains(shown), "{command}: {table}");
     }
+
+    // An address that does not open hides no account and stands in the way of no command.
+    let client = test.connect().await;
+    let damage = "update accounts set email_sealed = '\\x00'";
+    client.batch_execute(damage).await.unwrap();
+    let listed = run(&["list", "--json"], "").await.unwrap();
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed[0]["email"], "?");
+    run(&["pause", "work"], "").await.unwrap();
     run(&["delete", id], "").await.unwrap();
     assert_eq!(run(&["list", "--json"], "").await.unwrap().trim(), "[]");
 

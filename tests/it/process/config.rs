@@ -38,6 +38,31 @@ async fn every_fault_is_told_at_once_and_nothing_is_started() {
 }
 
 #[tokio::test]
+async fn settings_are_printed_as_json_without_their_secrets() {
+    let home = Home::new()
+        .await
+        .set("DRAWBRIDGE_DATABASE_URL", "postgres://u:hunter2@h/db")
+        .set("DRAWBRIDGE_REDIS_URL", "redis://:hunter2@h")
+        .set("DRAWBRIDGE_MASTER_KEYS", "k1:hunter2")
+        .set("DRAWBRIDGE_DRAIN_GRACE", "90s");
+    for command in [&["config"][..], &["config", "--json"]] {
+        let said = home.run(command).await;
+        assert!(!said.out.contains("hunter2"), "{}", said.out);
+    }
+    let config = home.json(&["config"]).await;
+    for (field, value) in [
+        ("/database", "external"),
+        ("/redis", ".."),
+        ("/master_keys", "given"),
+        ("/drain/grace", "90s"),
+        ("/upstream/transport", "auto"),
+        ("/log/format", "text"),
+    ] {
+        assert_eq!(config.pointer(field).unwrap(), value, "{field}");
+    }
+}
+
+#[tokio::test]
 async fn an_external_database_without_keys_prints_a_command_whose_output_is_taken() {
     let home = Home::new().await.set(
         "DRAWBRIDGE_DATABASE_URL",
