@@ -6,6 +6,7 @@
 
 mod connection;
 mod health;
+mod stall;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

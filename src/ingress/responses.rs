@@ -229,6 +229,7 @@ async fn stream(
             (error, _) => return Err(error.headers(head.iter().map(owned))),
         },
     };
+    let turn = items.watch();
     let events = encode::EventStream::new(
         dialect,
         event,
@@ -238,6 +239,8 @@ async fn stream(
     );
     let events = if ended { events.ended() } else { events };
     let mut response = Response::new(Body::from_stream(events));
+    // For whoever writes it out: while the turn runs, it decides itself about a client that does not read.
+    response.extensions_mut().insert(turn);
     let headers = response.headers_mut();
     headers.extend(head);
     headers.insert(

@@ -13,7 +13,10 @@ use tokio::{
 };
 use tower::ServiceExt as _;
 
-use super::Phase;
+use super::{
+    Phase,
+    stall::{Impatient, Load},
+};
 use crate::{
     ingress::{Peer, Place},
     task::Tasks,
@@ -66,15 +69,19 @@ async fn serve(stream: TcpStream, peer: Peer, router: Router, phase: Phase, plac
     }
     let draining = phase.draining.clone();
     let held = place.clone();
+    let load = Load::default();
+    let stream = Impatient::new(stream, load.clone());
     let service = service_fn(move |request: Request<Incoming>| {
         let router = router.clone();
         let draining = draining.clone();
         let place = held.clone();
+        let load = load.clone();
         async move {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer);
             request.extensions_mut().insert(place);
             let mut response = router.oneshot(request).await?;
+            load.carries(&mut response);
             if draining.is_cancelled() && response.status() != http::StatusCode::SWITCHING_PROTOCOLS
             {
                 response

@@ -48,7 +48,7 @@ pub struct Sender<T> {
 #[derive(Debug)]
 pub struct Receiver<T> {
     items: mpsc::UnboundedReceiver<T>,
-    flow: Arc<Flow>,
+    watch: Watch<T>,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +77,12 @@ impl<T> Clone for Watch<T> {
 }
 
 impl<T> Watch<T> {
+    /// Whether the turn can still yield something.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.items.strong_count() > 0
+    }
+
     /// Whether the receiver was dropped while the turn runs on.
     #[must_use]
     pub fn is_abandoned(&self) -> bool {
@@ -93,17 +99,16 @@ impl<T> Watch<T> {
 #[must_use]
 pub fn channel<T: Weight>() -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let flow = Arc::new(Flow::default());
-    (
-        Sender {
-            items: sender,
-            flow: Arc::clone(&flow),
-        },
-        Receiver {
-            items: receiver,
-            flow,
-        },
-    )
+    let sender = Sender {
+        items: sender,
+        flow: Arc::default(),
+    };
+    let watch = sender.watch();
+    let receiver = Receiver {
+        items: receiver,
+        watch,
+    };
+    (sender, receiver)
 }
 
 impl<T: Weight> Sender<T> {
@@ -173,14 +178,21 @@ impl<T: Weight> Receiver<T> {
         std::future::poll_fn(|context| self.poll_recv(context)).await
     }
 
+    /// A view of whether the turn runs.
+    #[must_use]
+    pub fn watch(&self) -> Watch<T> {
+        self.watch.clone()
+    }
+
     /// As [`Receiver::recv`].
     pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<T>> {
         let item = std::task::ready!(self.items.poll_recv(context));
         if let Some(item) = &item {
             let weight = item.weight();
-            let before = self.flow.queued.fetch_sub(weight, Ordering::AcqRel);
+            let flow = &self.watch.flow;
+            let before = flow.queued.fetch_sub(weight, Ordering::AcqRel);
             if before >= LAG && before - weight < LAG {
-                self.flow.drained.notify_one();
+                flow.drained.notify_one();
             }
         }
         Poll::Ready(item)

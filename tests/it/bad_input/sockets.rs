@@ -156,6 +156,23 @@ async fn a_client_that_stops_reading_for_a_minute_loses_its_turn_and_reads_why()
 }
 
 #[tokio::test]
+async fn a_client_that_never_reads_loses_its_connection_when_its_turn_is_over() {
+    let house = House::start().await;
+    house.upstream.fault(Fault::once(Kind::Huge(8 << 20)));
+    let mut response = house.codex_turn("t", "turn-1", "hi").await;
+    response.chunk().await.unwrap().unwrap();
+    minutes_pass(&house, |_| true).await;
+    for _ in 0..2 {
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(61)).await;
+        tokio::time::resume();
+        // Whatever has become due is done before the next minute passes.
+        house.turns().await;
+    }
+    response.bytes().await.unwrap_err();
+}
+
+#[tokio::test]
 async fn a_socket_that_is_not_read_for_a_minute_is_given_up() {
     let house = House::start().await;
     house.upstream.fault(Fault::once(Kind::Huge(8 << 20)));

@@ -1,0 +1,200 @@
+//! Gives up on clients that do not read: an answer whose turn is over must not hold its connection for ever.
+//!
+//! While a turn runs, the turn itself decides about a slow client; a socket does so all along.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use http::{Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep},
+};
+
+use crate::turn::{Item, relay::Watch};
+
+/// How long a write may make no progress once nothing else watches it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a connection carries now.
+#[derive(Clone, Default)]
+pub(super) struct Load(Arc<Mutex<Carried>>);
+
+#[derive(Default)]
+enum Carried {
+    #[default]
+    Answer,
+    Turn(Watch<Item>),
+    Socket,
+}
+
+impl Load {
+    /// Notes what the next bytes belong to.
+    pub(super) fn carries<B>(&self, response: &mut Response<B>) {
+        let turn = response.extensions_mut().remove().map(Carried::Turn);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                Carried::Socket
+            } else {
+                turn.unwrap_or_default()
+            };
+    }
+
+    /// Whether somebody else decides how long the client is waited for.
+    fn is_watched(&self) -> bool {
+        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Carried::Answer => false,
+            Carried::Turn(watch) => watch.is_running(),
+            Carried::Socket => true,
+        }
+    }
+}
+
+/// A stream whose writes fail when they stall.
+pub(super) struct Impatient<S> {
+    stream: S,
+    load: Load,
+    stalled: Option<Stalled>,
+}
+
+struct Stalled {
+    timer: Pin<Box<Sleep>>,
+    /// Whether somebody else watched when the timer was set.
+    watched: bool,
+}
+
+impl<S: Unpin> Impatient<S> {
+    pub(super) fn new(stream: S, load: Load) -> Self {
+        Self {
+            stream,
+            load,
+            stalled: None,
+        }
+    }
+
+    /// A write, unless it has stalled for too long. The minute begins anew when a turn ends in it: its end must be readable.
+    fn unless_stalled<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let written = write(Pin::new(&mut self.stream), context);
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let load = &self.load;
+        let stalled = self.stalled.get_or_insert_with(|| Stalled {
+            timer: Box::pin(sleep(PATIENCE)),
+            watched: load.is_watched(),
+        });
+        loop {
+            ready!(stalled.timer.as_mut().poll(context));
+            let watched = load.is_watched();
+            if !std::mem::replace(&mut stalled.watched, watched) && !watched {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            stalled.timer.as_mut().reset(Instant::now() + PATIENCE);
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.unless_stalled(context, |stream, context| stream.poll_write(context, bytes))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.unless_stalled(context, |stream, context| {
+            stream.poll_write_vectored(context, parts)
+        })
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
+        time::timeout,
+    };
+
+    use super::*;
+    use crate::turn::relay;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_for_a_minute_loses_its_connection() {
+        let (ours, mut theirs) = duplex(1);
+        let mut ours = Impatient::new(ours, Load::default());
+        let reads = async {
+            for _ in 0..9 {
+                tokio::time::sleep(PATIENCE - Duration::from_secs(1)).await;
+                theirs.read_u8().await.unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(ours.write_all(b"slow, but"), reads);
+        written.unwrap();
+        let before = Instant::now();
+        let error = ours.write_all(b"over").await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(before.elapsed().as_secs(), 60);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_and_a_socket_decide_for_themselves_and_the_end_of_a_turn_waits_for_a_minute() {
+        let (ours, _theirs) = duplex(1);
+        let load = Load::default();
+        let mut ours = Impatient::new(ours, load.clone());
+        let (sender, receiver) = relay::channel::<Item>();
+        let mut response = Response::new(());
+        response.extensions_mut().insert(receiver.watch());
+        load.carries(&mut response);
+        assert!(timeout(HOUR, ours.write_all(b"turn")).await.is_err());
+        drop(sender);
+        let before = Instant::now();
+        ours.write_all(b"end").await.unwrap_err();
+        assert!((60..=120).contains(&before.elapsed().as_secs()));
+
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        load.carries(&mut response);
+        let (ours, _theirs) = duplex(1);
+        let mut ours = Impatient::new(ours, load);
+        assert!(timeout(HOUR, ours.write_all(b"socket")).await.is_err());
+    }
+}
