@@ -166,26 +166,36 @@ async fn upstream_cuts_once_after_something_visible_and_the_cli_repairs_it() {
 
 #[tokio::test]
 async fn upstream_cuts_every_time_and_the_user_reads_one_clear_error() {
-    let (house, codex) = meet(Wire::Sse).await;
-    house
-        .upstream
-        .fault(Fault::always(Kind::Cut(Stage::Visible)));
-    let run = codex.exec("say hi").await;
-    assert!(!run.success);
-    let last = run.errors().pop().unwrap();
-    assert!(
-        last.contains("stream disconnected before completion"),
-        "{last}"
-    );
-    in_order(&house).await;
-    let turns = house.turns().await;
-    assert_eq!(turns.len(), 1);
-    assert_eq!(turns[0]["outcome"], "failed");
-    assert_eq!(
-        turns[0]["attempts"].as_array().unwrap().len(),
-        6,
-        "the CLI's six tries"
-    );
+    // Over a socket the CLI tries as often, and then again over HTTP.
+    for (wire, tries) in [(Wire::Sse, 6), (Wire::WebSocket, 12)] {
+        let (house, codex) = meet(wire).await;
+        house
+            .upstream
+            .fault(Fault::always(Kind::Cut(Stage::Visible)));
+        let run = codex.exec("say hi").await;
+        assert!(!run.success);
+        let last = run.errors().pop().unwrap();
+        assert!(
+            last.contains("stream disconnected before completion"),
+            "{wire:?}: {last}"
+        );
+        let failed = run
+            .lines
+            .iter()
+            .filter(|line| line["type"] == "turn.failed");
+        assert_eq!(failed.count(), 1, "{wire:?}: {run:?}");
+        // A prewarm generates nothing and belongs to no turn of the client.
+        let mut turns = house.turns().await;
+        turns.retain(|turn| turn["client_turn_id"].is_string());
+        assert_eq!(turns.len(), 1, "{wire:?}: {turns:#?}");
+        assert_eq!(turns[0]["outcome"], "failed", "{wire:?}");
+        assert_eq!(
+            turns[0]["attempts"].as_array().unwrap().len(),
+            tries,
+            "{wire:?}: every try of the CLI"
+        );
+        in_order(&house).await;
+    }
 }
 
 #[tokio::test]
