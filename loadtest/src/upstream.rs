@@ -99,6 +99,7 @@ impl Upstream {
                 "/__fake/faults",
                 post(control::fault).delete(control::no_faults),
             )
+            .route("/__fake/release", post(control::release))
             .route(
                 "/__fake/accounts",
                 post(control::account).get(control::accounts),
@@ -139,6 +140,11 @@ impl Upstream {
     /// Queues a fault.
     pub fn fault(&self, fault: Fault) {
         self.shared.change(|state| state.faults.push(fault));
+    }
+
+    /// Lets responses that a fault keeps silent now go on.
+    pub fn release(&self) {
+        self.shared.release();
     }
 
     /// Everything known now.

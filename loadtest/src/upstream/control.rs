@@ -19,6 +19,7 @@ pub(super) async fn state(extract::State(shared): extract::State<Arc<Shared>>) -
             "violations": state.violations,
             "sockets": state.sockets,
             "open_sockets": state.open_sockets,
+            "silent": state.silent,
             "exchanges": state.logins.iter().map(|(name, login)| (name.clone(), login.exchanges)).collect::<std::collections::BTreeMap<_, _>>(),
         })
     });
@@ -37,6 +38,12 @@ pub(super) async fn fault(
 /// `DELETE /__fake/faults`.
 pub(super) async fn no_faults(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
     shared.change(|state| state.faults.clear());
+    Json(json!({})).into_response()
+}
+
+/// `POST /__fake/release`: responses that a fault keeps silent go on.
+pub(super) async fn release(extract::State(shared): extract::State<Arc<Shared>>) -> Response {
+    shared.release();
     Json(json!({})).into_response()
 }
 

@@ -48,13 +48,15 @@ pub enum Kind {
     Overloaded,
     /// 400: the account's plan does not have the model.
     ModelUnsupported,
+    /// 400: the model is at capacity, told by its sentence alone.
+    ModelCapacity,
     /// `response.failed` with this code, before anything visible.
     Failed(String),
     /// A lost anchor, as `response.failed`.
     NotFoundAsFailed,
     /// A lost anchor, told by its sentence alone.
     NotFoundByText,
-    /// Silence until the peer leaves.
+    /// Silence until the peer leaves or all silences are released.
     Silence(Stage),
     /// The connection breaks.
     Cut(Stage),

@@ -1,6 +1,11 @@
 //! Responses over HTTP, the catalogue and the usage document.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    task::{Poll, ready},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -17,12 +22,25 @@ use super::{
     answer::{self, Answer, Step},
     connection::{Break, Link},
     fault::{Kind, Stage},
-    state::{Attempt, Shared},
+    state::{Attempt, Shared, Usage},
     strict::{self, Transport},
 };
 
-/// What a frame or chunk writer is told.
-type Chunks = mpsc::Sender<Result<Bytes, std::io::Error>>;
+/// What the writer of an answer hands over to its body.
+type Chunks = mpsc::Sender<Result<Chunk, std::io::Error>>;
+
+/// Bytes to be sent, and what is true once they are.
+struct Chunk {
+    bytes: Bytes,
+    sent: Sent,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Sent {
+    Something,
+    Completed(Usage),
+    Failed,
+}
 
 /// `POST /backend-api/codex/responses`.
 pub(super) async fn create(
@@ -83,19 +101,15 @@ pub(super) async fn create(
         response.headers_mut().extend(extra);
         return response;
     }
+    let outgoing = Outgoing {
+        shared: Arc::clone(&shared),
+        n,
+        ended: false,
+    };
     match &fault {
-        Some(Kind::Silence(Stage::BeforeHeaders)) => {
-            let _gone = MarkCut(&shared, n);
-            shared.stopped().await;
-        }
-        Some(Kind::Cut(Stage::BeforeHeaders)) => {
-            shared.attempt(n, |attempt| attempt.cut = true);
-            link.sever(Break::Reset).await;
-        }
-        Some(Kind::End(Stage::BeforeHeaders)) => {
-            shared.attempt(n, |attempt| attempt.cut = true);
-            link.sever(Break::End).await;
-        }
+        Some(Kind::Silence(Stage::BeforeHeaders)) => drop(shared.silence().await),
+        Some(Kind::Cut(Stage::BeforeHeaders)) => link.sever(Break::Reset).await,
+        Some(Kind::End(Stage::BeforeHeaders)) => link.sever(Break::End).await,
         _ => {}
     }
     let model = body["model"].as_str().unwrap_or_default();
@@ -109,7 +123,7 @@ pub(super) async fn create(
         shared.config.deltas,
         fault.as_ref(),
     );
-    let mut response = stream(Arc::clone(&shared), n, answer, fault.clone());
+    let mut response = stream(outgoing, answer, fault.clone());
     let out = response.headers_mut();
     out.extend(limits(fault.as_ref(), shared.used_percent(&account)));
     let state = shared.change(|state| state.turn_state(&account));
@@ -126,30 +140,24 @@ pub(super) async fn create(
     response
 }
 
-/// Marks an attempt as cut when the server drops its handler, since the peer has left.
-struct MarkCut<'a>(&'a Shared, usize);
-
-impl Drop for MarkCut<'_> {
-    fn drop(&mut self) {
-        self.0.attempt(self.1, |attempt| attempt.cut = true);
-    }
-}
-
-fn stream(shared: Arc<Shared>, n: usize, answer: Answer, fault: Option<Kind>) -> Response {
+fn stream(mut outgoing: Outgoing, answer: Answer, fault: Option<Kind>) -> Response {
     let (sender, mut receiver) = mpsc::channel(256);
-    shared.attempt(n, |attempt| attempt.response_id = Some(answer.id.clone()));
+    let shared = Arc::clone(&outgoing.shared);
+    shared.attempt(outgoing.n, |attempt| {
+        attempt.response_id = Some(answer.id.clone());
+    });
     tokio::spawn(async move {
-        let ended = write(&shared, n, answer, fault, &sender).await;
-        if let Err(cut) = ended {
-            shared.attempt(n, |attempt| attempt.cut = true);
-            if cut {
-                // What was written before must have left the buffers: breaking a body throws away what has not.
-                tokio::time::sleep(Duration::from_millis(30)).await;
-                drop(sender.send(Err(std::io::Error::other("cut"))).await);
-            }
+        if write(&shared, answer, fault, &sender).await == Err(true) {
+            // What was written before must have left the buffers: breaking a body throws away what has not.
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            drop(sender.send(Err(std::io::Error::other("cut"))).await);
         }
     });
-    let chunks = futures_util::stream::poll_fn(move |context| receiver.poll_recv(context));
+    let chunks = futures_util::stream::poll_fn(move |context| {
+        let chunk = ready!(receiver.poll_recv(context));
+        // Counted as it goes out: whoever has read it may ask, and what nobody asked for was not sent.
+        Poll::Ready(chunk.map(|chunk| chunk.map(|chunk| outgoing.sends(chunk))))
+    });
     let mut response = Response::new(Body::from_stream(chunks));
     response.headers_mut().insert(
         header::CONTENT_TYPE,
@@ -158,49 +166,80 @@ fn stream(shared: Arc<Shared>, n: usize, answer: Answer, fault: Option<Kind>) ->
     response
 }
 
+/// An answer on its way out; dropped before its end was sent, it was cut.
+struct Outgoing {
+    shared: Arc<Shared>,
+    n: usize,
+    ended: bool,
+}
+
+impl Outgoing {
+    fn sends(&mut self, chunk: Chunk) -> Bytes {
+        match chunk.sent {
+            Sent::Something => return chunk.bytes,
+            Sent::Completed(usage) => self.shared.bill(self.n, usage),
+            Sent::Failed => self
+                .shared
+                .attempt(self.n, |attempt| attempt.completed = true),
+        }
+        self.ended = true;
+        chunk.bytes
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.shared.attempt(self.n, |attempt| attempt.cut = true);
+        }
+    }
+}
+
 /// Writes the answer; an error means it was cut: hard or politely.
 async fn write(
     shared: &Shared,
-    n: usize,
     answer: Answer,
     fault: Option<Kind>,
     out: &Chunks,
 ) -> Result<(), bool> {
-    let send = async |text: String| out.send(Ok(Bytes::from(text))).await.map_err(|_| false);
+    let send = async |text: String, sent: Sent| {
+        let bytes = Bytes::from(text);
+        out.send(Ok(Chunk { bytes, sent })).await.map_err(|_| false)
+    };
     for step in answer.steps {
         match step {
             Step::Reached(stage) => match &fault {
                 Some(Kind::Cut(at)) if *at == stage => return Err(true),
                 Some(Kind::End(at)) if *at == stage => return Err(false),
                 Some(Kind::Silence(at)) if *at == stage => {
-                    tokio::select! {
-                        () = out.closed() => {}
-                        () = shared.stopped() => {}
+                    let released = tokio::select! {
+                        () = out.closed() => false,
+                        released = shared.silence() => released,
+                    };
+                    if !released {
+                        return Err(false);
                     }
-                    return Err(false);
                 }
                 _ => {}
             },
             // Each in a chunk of its own, as a server that flushes every event writes them.
             Step::Together(events) => {
                 for event in &events {
-                    send(sse(event)).await?;
+                    send(sse(event), Sent::Something).await?;
                 }
             }
             Step::Event(event) => {
-                let completed = event["type"] == "response.completed";
+                let sent = match event["type"].as_str() {
+                    Some("response.completed") => Sent::Completed(answer.usage),
+                    Some("response.failed") => Sent::Failed,
+                    _ => Sent::Something,
+                };
                 if let Some(pace) = answer.pace
                     && event["type"] == "response.output_text.delta"
                 {
                     tokio::time::sleep(pace).await;
                 }
-                // Counted before it is written: whoever has read it may ask.
-                if completed {
-                    shared.bill(n, answer.usage);
-                } else if event["type"] == "response.failed" {
-                    shared.attempt(n, |attempt| attempt.completed = true);
-                }
-                send(sse(&stamped(event))).await?;
+                send(sse(&stamped(event)), sent).await?;
             }
         }
     }
@@ -251,6 +290,13 @@ pub(super) fn refused(fault: Option<&Kind>) -> Option<(StatusCode, HeaderMap, Va
         Kind::ModelUnsupported => {
             let text =
                 "The 'gpt-5.5' model is not supported when using Codex with a ChatGPT account.";
+            (
+                StatusCode::BAD_REQUEST,
+                json!({ "type": "invalid_request_error", "message": text, "code": null }),
+            )
+        }
+        Kind::ModelCapacity => {
+            let text = "Selected model is at capacity. Please try a different model.";
             (
                 StatusCode::BAD_REQUEST,
                 json!({ "type": "invalid_request_error", "message": text, "code": null }),

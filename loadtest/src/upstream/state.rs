@@ -49,7 +49,7 @@ pub struct Attempt {
     pub response_id: Option<String>,
     /// What a terminal event said.
     pub usage: Option<Usage>,
-    /// Whether a terminal event was written.
+    /// Whether a terminal event was sent.
     pub completed: bool,
     /// Whether the fake, or its peer, cut it short.
     pub cut: bool,
@@ -72,6 +72,8 @@ pub struct State {
     pub sockets: usize,
     /// Open now.
     pub open_sockets: usize,
+    /// Responses that a fault keeps silent now.
+    pub silent: usize,
     /// Frames of types the fake does not know.
     pub unknown_frames: usize,
     /// Turn states handed out: value -> the account it may come back to.
@@ -111,6 +113,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     changed: watch::Sender<u64>,
     stopped: watch::Sender<bool>,
+    released: watch::Sender<()>,
 }
 
 impl Shared {
@@ -120,6 +123,7 @@ impl Shared {
             state: Mutex::default(),
             changed: watch::Sender::new(0),
             stopped: watch::Sender::new(false),
+            released: watch::Sender::new(()),
         }
     }
 
@@ -162,6 +166,29 @@ impl Shared {
 
     pub(super) fn stop(&self) {
         self.stopped.send_replace(true);
+    }
+
+    /// Ends every silence that lasts now.
+    pub(super) fn release(&self) {
+        self.released.send_replace(());
+    }
+
+    /// Silence; yields whether it was released and not ended by the fake's own end.
+    pub(super) async fn silence(&self) -> bool {
+        struct Silent<'a>(&'a Shared);
+        impl Drop for Silent<'_> {
+            fn drop(&mut self) {
+                self.0.change(|state| state.silent -= 1);
+            }
+        }
+
+        let mut released = self.released.subscribe();
+        self.change(|state| state.silent += 1);
+        let _silent = Silent(self);
+        tokio::select! {
+            _ = released.changed() => true,
+            () = self.stopped() => false,
+        }
     }
 
     /// Ends when the fake stops.

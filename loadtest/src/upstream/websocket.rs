@@ -58,7 +58,7 @@ pub(super) async fn accept(
         return response;
     }
     match fault {
-        Some(Kind::Silence(_)) => shared.stopped().await,
+        Some(Kind::Silence(_)) => drop(shared.silence().await),
         Some(Kind::Cut(_)) => link.sever(Break::Reset).await,
         Some(Kind::End(_)) => link.sever(Break::End).await,
         _ => {}
@@ -239,17 +239,25 @@ impl Line {
         answer: Answer,
         fault: Option<Kind>,
     ) -> Result<(), Closed> {
+        let said = self.say(n, answer, fault).await;
+        if said.is_err() {
+            self.shared.attempt(n, |attempt| attempt.cut = true);
+        }
+        said
+    }
+
+    /// An error means that it was cut, by the fault or by the peer.
+    async fn say(&mut self, n: usize, answer: Answer, fault: Option<Kind>) -> Result<(), Closed> {
         let shared = Arc::clone(&self.shared);
         shared.attempt(n, |attempt| attempt.response_id = Some(answer.id.clone()));
         self.head = None;
         if matches!(fault, Some(Kind::Silence(Stage::BeforeHeaders))) {
-            return self.silence(n).await;
+            self.silence().await?;
         }
         if matches!(
             fault,
             Some(Kind::Cut(Stage::BeforeHeaders) | Kind::End(Stage::BeforeHeaders))
         ) {
-            shared.attempt(n, |attempt| attempt.cut = true);
             return Err(Closed);
         }
         self.preamble().await?;
@@ -257,17 +265,14 @@ impl Line {
             if let Some(message) = self.socket.recv().now_or_never()
                 && self.interrupted(message).is_err()
             {
-                shared.attempt(n, |attempt| attempt.cut = true);
                 return Err(Closed);
             }
             match step {
                 Step::Reached(stage) => match &fault {
                     Some(Kind::Cut(at) | Kind::End(at)) if *at == stage => {
-                        shared.attempt(n, |attempt| attempt.cut = true);
                         return Err(Closed);
                     }
                     Some(Kind::Close(code, at)) if *at == stage => {
-                        shared.attempt(n, |attempt| attempt.cut = true);
                         let frame = CloseFrame {
                             code: *code,
                             reason: "scripted".into(),
@@ -275,7 +280,7 @@ impl Line {
                         drop(self.socket.send(Message::Close(Some(frame))).await);
                         return Err(Closed);
                     }
-                    Some(Kind::Silence(at)) if *at == stage => return self.silence(n).await,
+                    Some(Kind::Silence(at)) if *at == stage => self.silence().await?,
                     _ => {}
                 },
                 Step::Together(events) => {
@@ -291,16 +296,13 @@ impl Line {
                         }
                         event["sent_us"] = crate::clock::micros().into();
                     }
+                    self.send(&event).await?;
                     if kind == "response.completed" {
                         shared.bill(n, answer.usage);
                         self.head = Some(answer.id.clone());
                         self.history.extend(answer.output.clone());
                     } else if kind == "response.failed" {
                         shared.attempt(n, |attempt| attempt.completed = true);
-                    }
-                    if self.send(&event).await.is_err() {
-                        shared.attempt(n, |attempt| attempt.cut = true);
-                        return Err(Closed);
                     }
                 }
             }
@@ -325,16 +327,17 @@ impl Line {
         }
     }
 
-    async fn silence(&mut self, n: usize) -> Result<(), Closed> {
+    /// Until it is released, or the peer has had enough.
+    async fn silence(&mut self) -> Result<(), Closed> {
+        let shared = Arc::clone(&self.shared);
+        let released = shared.silence();
+        tokio::pin!(released);
         loop {
             let message = tokio::select! {
                 message = self.socket.recv() => message,
-                () = self.shared.stopped() => return Err(Closed),
+                released = &mut released => return if released { Ok(()) } else { Err(Closed) },
             };
-            if self.interrupted(message).is_err() {
-                self.shared.attempt(n, |attempt| attempt.cut = true);
-                return Err(Closed);
-            }
+            self.interrupted(message)?;
         }
     }
 

@@ -49,6 +49,12 @@ async fn refusals_say_what_was_scripted() {
         (Kind::Overloaded, 503, "code", json!("server_is_overloaded")),
         (Kind::ModelUnsupported, 400, "code", Value::Null),
         (
+            Kind::ModelCapacity,
+            400,
+            "message",
+            json!("Selected model is at capacity. Please try a different model."),
+        ),
+        (
             Kind::Failed("rate_limit_exceeded".into()),
             200,
             "code",
@@ -267,4 +273,62 @@ async fn a_handshake_fails_as_scripted_and_turns_do_not() {
             200
         );
     }
+}
+
+#[tokio::test]
+async fn a_silence_that_is_released_goes_on_where_it_was() {
+    let upstream = Upstream::start(Config::default()).await;
+    let account = upstream.account("alice");
+    let asked = body();
+    for stage in [Stage::BeforeHeaders, Stage::Visible, Stage::BeforeTerminal] {
+        upstream.fault(Fault::once(Kind::Silence(stage)).times(2));
+        let mut socket = Socket::open(&upstream, &account).await;
+        let (http, socket, ()) = tokio::join!(
+            post(&upstream, &account, &asked),
+            socket.create(&asked),
+            async {
+                upstream
+                    .wait("two silences", |state| state.silent == 2)
+                    .await;
+                upstream.release();
+            },
+        );
+        for answer in [http, socket] {
+            assert_eq!(answer.count("response.output_text.delta"), 4, "{stage:?}");
+            assert_eq!(answer.count("response.completed"), 1, "{stage:?}");
+        }
+    }
+    let state = upstream.state();
+    assert_eq!(state.silent, 0);
+    assert!(state.attempts.iter().all(|attempt| !attempt.cut));
+}
+
+#[tokio::test]
+async fn what_nobody_read_is_not_counted() {
+    let upstream = Upstream::start(Config::default()).await;
+    let account = upstream.account("alice");
+    // More than the buffers on the way hold, so that the end is still to be sent when the peer leaves.
+    upstream.fault(Fault::once(Kind::Huge(16 << 20)).times(2));
+    let request = client()
+        .post(format!("{}/codex/responses", upstream.url()))
+        .bearer_auth(account.access_token())
+        .header("chatgpt-account-id", account.id())
+        .json(&body());
+    drop(request.send().await.unwrap());
+    let mut socket = Socket::open(&upstream, &account).await;
+    socket.send(&body()).await;
+    drop(socket);
+    upstream
+        .wait("both are cut", |state| {
+            state.attempts.len() == 2 && state.attempts.iter().all(|attempt| attempt.cut)
+        })
+        .await;
+    let state = upstream.state();
+    assert!(
+        state
+            .attempts
+            .iter()
+            .all(|attempt| !attempt.completed && attempt.usage.is_none())
+    );
+    assert_eq!(state.logins["alice"].turns, 0);
 }

@@ -152,11 +152,15 @@ impl Socket {
 
     /// One turn; a socket that still stands after a terminal event counts as a clean end.
     pub(crate) async fn create(&mut self, body: &Value) -> Answer {
+        self.send(body).await;
+        self.read().await
+    }
+
+    pub(crate) async fn send(&mut self, body: &Value) {
         let mut frame = body.clone();
         frame["type"] = "response.create".into();
         frame.as_object_mut().unwrap().remove("stream");
         self.0.send(Message::text(frame.to_string())).await.unwrap();
-        self.read().await
     }
 
     pub(crate) async fn read(&mut self) -> Answer {
