@@ -1,282 +1,295 @@
-//! The sealed record of finished responses, from which a conversation is told again when no upstream socket remembers it.
+//! Finished responses, sealed, from which a conversation is rebuilt where its upstream socket is gone.
 //!
-//! A snapshot holds what one turn added: the items of its request and those of its answer. Snapshots hang together by the response that each
-//! continues; a chain begins with a root, whose input was whole by itself. History is told whole or not at all: a gap, a cycle, a record that
-//! was not kept or does not open all mean that there is none. The rows are written by FINISH, which is the ledger's.
+//! A row holds what one turn added; rows are linked to the response they continue, up to a root that says everything by itself. A chain is
+//! read whole or not at all. The row is inserted by the statement that finishes its turn, so that no head points to what is not there;
+//! here it is made, found, read and, with its whole chain, deleted.
+//!
+//! It must not know turns, leases or accounts beyond their ids. What was said leaves this room sealed, or in the body of a request.
 
 mod body;
+mod capture;
+mod chain;
+mod policy;
 mod store;
 
-use std::time::Duration;
-
-use bytes::Bytes;
-
-use self::body::Kept;
-pub use self::{body::Capture, store::STATEMENTS};
+pub use self::{
+    capture::{Capture, Kept},
+    chain::Chain,
+    policy::{CHECKPOINT, CONVERSATION, LINKS, Link, Parent, TURN, wanted},
+    store::STATEMENTS,
+};
+use self::{chain::Turn, policy::Plan, store::Stored};
+pub use crate::{config::Snapshots as Mode, protocol::request::history::Untold};
 use crate::{
-    config::Snapshots as Mode,
     db::{Db, Error},
     ids::{AccountId, ChainId, LeaseId, ScopeId},
-    protocol::request::history::{self, Turn, Untold},
-    secret::{KeyRing, Place},
+    secret::KeyRing,
     task,
 };
 
-/// Links of one chain, and bytes of what they hold.
-const LINKS: usize = 128;
-const CHAIN_BYTES: usize = 8 << 20;
-/// Bytes of what one turn adds.
-const TURN_BYTES: usize = 2 << 20;
-/// Links after which the whole conversation is kept anew.
-pub const CHECKPOINT: usize = 32;
-/// Work above this is done off the workers.
-const LARGE: usize = 256 << 10;
 /// Chains of one DELETE.
-const BATCH: u16 = 200;
-/// A chain goes so long after its newest link, and after its root.
-const AFTER_NEWEST: Duration = Duration::from_secs(24 * 3600);
-const AFTER_ROOT: Duration = Duration::from_secs(7 * 24 * 3600);
+const BATCH: u16 = 100;
+/// Texts over this many bytes are sealed and opened off the workers.
+const LARGE: usize = 1 << 20;
 
-/// Whether a turn's record is wanted. `codex`: the client has shown itself to be Codex; it resends everything, unless it says over HTTP
-/// that it does not (`http_previous`).
-#[must_use]
-pub fn wanted(mode: Mode, codex: bool, http_previous: bool) -> bool {
-    match mode {
-        Mode::Off => false,
-        Mode::Full => true,
-        Mode::Auto => !codex || http_previous,
-    }
-}
-
-/// The records of an installation. Cheap to clone.
+/// The snapshots. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Snapshots {
     db: Db,
-    ring: KeyRing,
+    keys: KeyRing,
     mode: Mode,
 }
 
-/// What is known of a response without its history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the row of a response says in plain.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Where its conversation is found.
+    /// The lease that it was served under.
     pub lease: Option<LeaseId>,
-    /// Its own record was kept.
+    /// The account that served it.
+    pub account: Option<AccountId>,
+    /// Its model.
+    pub model: String,
+    /// False if nothing can be rebuilt from it.
     pub complete: bool,
 }
 
-/// A row to be written.
+/// Why there is no history.
+#[derive(Debug, thiserror::Error)]
+pub enum Missing {
+    /// Unknown, expired, of another scope, not kept, damaged, too long or too large: it cannot be told whole.
+    #[error("the conversation is not kept whole")]
+    Incomplete,
+    /// It may be there.
+    #[error(transparent)]
+    Unavailable(#[from] Error),
+}
+
+/// One row of `response_snapshots`, for the statement that finishes the turn.
 #[derive(Clone, Debug)]
 pub struct Row {
+    /// The key, with the scope.
+    pub response_id: String,
     /// The response that it continues.
-    pub parent: Option<String>,
-    /// The chain that it begins; one that has a parent joins the parent's.
+    pub parent_response_id: Option<String>,
+    /// The chain that it extends or begins.
     pub chain: ChainId,
-    /// Its input was whole by itself.
-    pub is_root: bool,
-    /// The body is there.
-    pub complete: bool,
-    /// Plain bytes.
-    pub bytes: i32,
-    /// The master key that sealed it.
-    pub key_id: Option<String>,
-    /// Sealed.
-    pub body: Option<Vec<u8>>,
-}
-
-/// Why a conversation is not told.
-#[derive(Debug)]
-pub enum Missing {
-    /// It is not there, or not whole.
-    Incomplete,
-    /// It cannot be read now.
-    Unavailable(Error),
-}
-
-/// A whole conversation up to a response.
-#[derive(Clone)]
-pub struct Chain {
-    /// Who answered last.
+    /// The lease that it was served under.
+    pub lease: Option<LeaseId>,
+    /// The account that served it.
     pub account: Option<AccountId>,
-    /// Turns, the oldest first.
-    turns: Vec<Kept>,
-}
-
-impl std::fmt::Debug for Chain {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "a chain of {} turns", self.turns.len())
-    }
+    /// Its model.
+    pub model: String,
+    /// It says everything by itself.
+    pub is_root: bool,
+    /// False if what was said is not kept.
+    pub complete: bool,
+    /// Plaintext of `body` in bytes.
+    pub bytes: i32,
+    /// The master key that sealed `body`.
+    pub key_id: Option<String>,
+    /// Sealed items.
+    pub body: Option<Vec<u8>>,
+    /// What the turn after this one continues. Not a column.
+    pub next: Parent,
 }
 
 impl Snapshots {
-    /// The records of a database, sealed with a ring.
+    /// Snapshots in `db`, sealed with the first of `keys`; `mode` decides which are written, whatever is there can be read.
     #[must_use]
-    pub fn new(db: Db, ring: KeyRing, mode: Mode) -> Self {
-        Self { db, ring, mode }
+    pub fn new(db: Db, keys: KeyRing, mode: Mode) -> Self {
+        Self { db, keys, mode }
     }
 
-    /// What is kept.
+    /// [`wanted`] in this installation's mode.
     #[must_use]
-    pub fn mode(&self) -> Mode {
-        self.mode
+    pub fn wanted(&self, codex: bool, http_previous_id: bool) -> bool {
+        wanted(self.mode, codex, http_previous_id)
     }
 
-    /// Seals what a turn added.
+    /// Makes the row of a finished turn. Once in [`CHECKPOINT`] links the history is read and told again, as a new root.
     pub async fn seal(
         &self,
         scope: ScopeId,
-        response_id: &str,
-        capture: Capture,
-        output: &[u8],
+        kept: Kept,
+        lease: Option<LeaseId>,
+        account: Option<AccountId>,
+        model: &str,
     ) -> Row {
-        let parent = capture.parent().map(str::to_owned);
-        let is_root = parent.is_none();
-        let ring = self.ring.clone();
-        let row = row_name(scope, response_id);
-        let sealing = move |kept: Kept| {
-            let body = kept.pack();
-            (ring.seal(place(&row), &body), ring.current_id().to_owned())
-        };
-        let kept = capture.finish(output);
-        let bytes = kept.as_ref().map_or(0, Kept::len);
-        let sealed = match kept {
-            None => None,
-            Some(kept) if bytes > LARGE => Some(task::blocking(move || sealing(kept)).await),
-            Some(kept) => Some(sealing(kept)),
-        };
-        let (body, key_id) = sealed.unzip();
-        Row {
+        let Kept {
+            response_id,
             parent,
-            chain: ChainId::new(),
-            is_root,
+            items,
+        } = kept;
+        let told = match items {
+            Some(items) => self.tell(scope, parent.as_ref(), items, account).await,
+            None => None,
+        };
+        let link = told.as_ref().map(|told| told.link);
+        let (bytes, body) = match told {
+            Some(Told { items, .. }) => {
+                let (keys, id, bytes) = (self.keys.clone(), response_id.clone(), items.len());
+                let sealed = off_worker(bytes, move || body::seal(&keys, scope, &id, &items)).await;
+                (bytes, Some(sealed))
+            }
+            None => (0, None),
+        };
+        // Without its text a row goes with the chain that it would have extended.
+        let chain = link.or_else(|| parent.as_ref().and_then(|parent| parent.link));
+        Row {
+            is_root: parent.is_none() || link.is_some_and(|link| link.depth == 1),
+            parent_response_id: parent
+                .map(|parent| parent.response_id)
+                .filter(|id| policy::is_key(id)),
+            chain: chain.map_or_else(ChainId::new, |link| link.chain),
+            lease,
+            account,
+            model: model.to_owned(),
             complete: body.is_some(),
-            bytes: i32::try_from(bytes).unwrap_or(i32::MAX),
-            key_id,
+            bytes: i32::try_from(bytes).expect("no more than a conversation has"),
+            key_id: body.is_some().then(|| self.keys.current_id().to_owned()),
             body,
+            next: Parent {
+                response_id: response_id.clone(),
+                link,
+            },
+            response_id,
         }
     }
 
-    /// What is known of a response.
+    /// What is known of a response, without what was said.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn find(&self, scope: ScopeId, response_id: &str) -> Result<Option<Found>, Error> {
+        if !policy::is_key(response_id) {
+            return Ok(None);
+        }
         store::find(&self.db, scope, response_id).await
     }
 
-    /// The whole conversation up to a response, within its scope.
+    /// The history up to a response, in one round trip.
     ///
     /// # Errors
-    /// [`Missing`].
+    /// Where it cannot be had whole.
     pub async fn chain(&self, scope: ScopeId, response_id: &str) -> Result<Chain, Missing> {
-        let links = store::chain(&self.db, scope, response_id, LINKS, CHAIN_BYTES)
-            .await
-            .map_err(Missing::Unavailable)?;
-        let account = links.first().and_then(|link| link.account);
-        let bytes: usize = links.iter().map(|link| link.bytes).sum();
-        if !links.last().is_some_and(|root| root.is_root) || bytes > CHAIN_BYTES {
+        if !policy::is_key(response_id) {
             return Err(Missing::Incomplete);
         }
-        let ring = self.ring.clone();
-        let open = move || {
-            let turns = links.iter().rev().map(|link| {
-                let sealed = link.body.as_deref().filter(|_| link.complete)?;
-                let row = row_name(scope, &link.response_id);
-                let body = ring.open(place(&row), sealed).ok()?;
-                Kept::unpack(&body, CHAIN_BYTES)
-            });
-            turns.collect::<Option<Vec<_>>>()
-        };
-        let turns = if bytes > LARGE {
-            task::blocking(open).await
-        } else {
-            open()
-        };
-        let turns = turns.ok_or(Missing::Incomplete)?;
-        Ok(Chain { account, turns })
+        let links = store::chain(&self.db, scope, response_id).await?;
+        let bytes = links.iter().map(|link| link.bytes).sum();
+        let keys = self.keys.clone();
+        off_worker(bytes, move || open(&keys, scope, links, bytes)).await
     }
 
-    /// Deletes chains that are over, whole, in batches; yields the number of records.
+    /// Deletes the chains that have expired, in batches; yields the number of rows.
     ///
     /// # Errors
     /// If the database cannot be asked; the batches before are deleted.
     pub async fn purge(&self) -> Result<u64, Error> {
         let mut purged = 0;
         loop {
-            let (chains, records) =
-                store::purge(&self.db, AFTER_NEWEST, AFTER_ROOT, BATCH.into()).await?;
-            purged += records;
-            if chains < u64::from(BATCH) {
+            let rows = store::purge(&self.db, BATCH.into()).await?;
+            purged += rows;
+            // A chain has at least one row.
+            if rows < BATCH.into() {
                 return Ok(purged);
             }
         }
     }
 }
 
-impl Chain {
-    /// How many turns it has.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.turns.len()
-    }
-
-    /// Whether it has none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.turns.is_empty()
-    }
-
-    /// The body of a request that continues this conversation, with all of it in front.
-    ///
-    /// # Errors
-    /// [`Untold`].
-    pub fn rebuild(&self, body: &Bytes, same_account: bool) -> Result<Bytes, Untold> {
-        let own = history::input(body).unwrap_or_else(|| Bytes::from_static(b"[]"));
-        let own = std::str::from_utf8(&own).map_err(|_| Untold::Sealed)?;
-        let items = history::items(&self.texts(), own, same_account)?;
-        Ok(history::with_input(body, items))
-    }
-
-    /// Its items and those of a request, as one raw array.
-    fn flat(&self, own: &str) -> Option<String> {
-        history::items(&self.texts(), own, true).ok()
-    }
-
-    fn texts(&self) -> Vec<Turn<'_>> {
-        self.turns.iter().map(Kept::turn).collect()
-    }
-}
-
-fn row_name(scope: ScopeId, response_id: &str) -> String {
-    format!("{scope}/{response_id}")
-}
-
-fn place(row: &str) -> Place<'_> {
-    Place {
-        table: "response_snapshots",
-        row,
-        column: "body",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_kept_depends_on_who_keeps_it_else() {
-        for (mode, codex, http_previous, kept) in [
-            (Mode::Off, false, true, false),
-            (Mode::Full, true, false, true),
-            (Mode::Auto, false, false, true),
-            (Mode::Auto, true, false, false),
-            (Mode::Auto, true, true, true),
-        ] {
-            assert_eq!(
-                wanted(mode, codex, http_previous),
-                kept,
-                "{mode:?} {codex} {http_previous}"
-            );
+impl Snapshots {
+    /// What the row of a turn that added `items` holds, if anything.
+    async fn tell(
+        &self,
+        scope: ScopeId,
+        parent: Option<&Parent>,
+        items: String,
+        account: Option<AccountId>,
+    ) -> Option<Told> {
+        match policy::plan(parent, items.len()) {
+            Plan::Root => Some(Told::root(items)),
+            Plan::Extend(link) => Told::after(link, items),
+            Plan::Checkpoint(parent, link) => match self.chain(scope, parent).await {
+                Ok(chain) => {
+                    off_worker(chain.bytes, move || match chain.told(account, &items) {
+                        Some(whole) => Some(Told::root(whole)),
+                        None => Told::after(link, items),
+                    })
+                    .await
+                }
+                Err(_) => Told::after(link, items),
+            },
+            Plan::Header => None,
         }
+    }
+}
+
+/// What a row holds, and where that puts it.
+struct Told {
+    items: String,
+    link: Link,
+}
+
+impl Told {
+    fn root(items: String) -> Self {
+        let link = Link {
+            chain: ChainId::new(),
+            depth: 1,
+            bytes: items.len(),
+        };
+        Self { items, link }
+    }
+
+    fn after(link: Link, items: String) -> Option<Self> {
+        let link = Link {
+            depth: link.depth + 1,
+            bytes: link.bytes + items.len(),
+            ..link
+        };
+        (link.depth <= LINKS).then_some(Self { items, link })
+    }
+}
+
+/// Opens every link; one that does not open takes the chain with it.
+fn open(
+    keys: &KeyRing,
+    scope: ScopeId,
+    links: Vec<Stored>,
+    bytes: usize,
+) -> Result<Chain, Missing> {
+    let newest = links.last().ok_or(Missing::Incomplete)?;
+    let mut chain = Chain {
+        account: newest.account,
+        lease: newest.lease,
+        chain: newest.chain,
+        depth: links.len(),
+        bytes,
+        response_id: newest.response_id.clone(),
+        turns: Vec::with_capacity(links.len()),
+    };
+    for link in links {
+        let sealed = link.body.as_deref().unwrap_or_default();
+        let items = body::open(keys, scope, &link.response_id, sealed, link.bytes);
+        let items = items.map_err(|error| {
+            tracing::warn!(%error, response_id = link.response_id, "a snapshot does not open");
+            Missing::Incomplete
+        })?;
+        chain.turns.push(Turn {
+            account: link.account,
+            items,
+        });
+    }
+    Ok(chain)
+}
+
+async fn off_worker<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    if bytes > LARGE {
+        task::blocking(work).await
+    } else {
+        work()
     }
 }

@@ -219,7 +219,7 @@ pub(super) async fn by_key(
 
 pub(super) async fn purge(db: &Db, limit: i64) -> Result<u64, Error> {
     /// The job within its class of locks.
-    const LEASES: i32 = 2;
+    const LEASES: i32 = 3;
     db.exec(&PURGE, &[&(LockClass::Job as i32), &LEASES, &limit])
         .await
 }

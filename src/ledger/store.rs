@@ -78,8 +78,7 @@ statements! { "ledger";
         ), kept as (
             insert into response_snapshots (scope_id, response_id, parent_response_id, chain_id, lease_id, account_id, model, is_root, complete,
                 bytes, key_id, body)
-            select $26, $6, $27,
-                coalesce((select chain_id from response_snapshots where scope_id = $26 and response_id = $27), $28), $29, $7, $30, $31, $32, $33, $34, $35 where $28 is not null and (select count(*) from moved) >= 0
+            select $26, $6, $27, $28, $29, $7, $30, $31, $32, $33, $34, $35 where $28 is not null and (select count(*) from moved) >= 0
             on conflict do nothing
             returning 1
         ), booked as (

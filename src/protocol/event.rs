@@ -6,6 +6,7 @@
 //! Invariant: an event that is not understood is relayed and counts as visible, so that it is never sent twice.
 
 mod error;
+mod output;
 
 use std::borrow::Cow;
 
@@ -18,6 +19,7 @@ use serde_json::value::RawValue;
 use super::lenient::{string, tree};
 use super::usage::Usage;
 pub use error::ErrorBody;
+pub use output::{done_item, output};
 
 /// What an event means to the relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

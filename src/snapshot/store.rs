@@ -1,52 +1,53 @@
-//! Statements of `response_snapshots`. Rows are written once, by FINISH, and deleted by chain.
+//! Statements of `response_snapshots` but for the insert, which stands with the statement that finishes a turn.
 
-use std::time::Duration;
-
-use super::Found;
+use super::{Found, policy};
 use crate::{
     db::{Db, Error, LockClass},
-    ids::{AccountId, ScopeId},
+    ids::{AccountId, ChainId, LeaseId, ScopeId},
     statements,
 };
 
-statements! { "snapshot";
-    /// A plain read of a row that never changes.
-    FIND: [UUID, TEXT] = "select lease_id, complete from response_snapshots where scope_id = $1 and response_id = $2";
-
-    /// The newest link first, down to the root, in one scope. One link or one byte more than may be told, and the walk stops short of it: a
-    /// cycle runs into that. Rows never change, so a link that is deleted meanwhile is a gap.
-    CHAIN: [UUID, TEXT, INT4, INT8] = "
-        with recursive chain as (
-            select 1 as depth, s.bytes::bigint as total, s.* from response_snapshots s where s.scope_id = $1 and s.response_id = $2
-            union all
-            select c.depth + 1, c.total + p.bytes, p.*
-            from chain c join response_snapshots p on p.scope_id = $1 and p.response_id = c.parent_response_id
-            where not c.is_root and c.depth < $3 and c.total + p.bytes <= $4
-        )
-        select response_id, account_id, is_root, complete, bytes, body from chain order by depth";
-
-    /// Whole chains. One that gets a link while it is looked at is deleted with it. The lock lasts as long as the statement: one replica at
-    /// a time deletes.
-    PURGE: [INT4, INT4, FLOAT8, FLOAT8, INT8] = "
-        with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
-        over as (
-            select chain_id from response_snapshots where (select mine from turn)
-            group by chain_id
-            having max(created_at) < clock_timestamp() - make_interval(secs => $3)
-                or min(created_at) < clock_timestamp() - make_interval(secs => $4)
-            limit $5
-        ), deleted as (
-            delete from response_snapshots s using over where s.chain_id = over.chain_id returning 1
-        )
-        select (select count(*) from over), (select count(*) from deleted)";
+/// Whether a chain has expired: a day after its newest link, a week after its root. Both ends are read off the index.
+macro_rules! expired {
+    () => {
+        "max(created_at) <= clock_timestamp() - interval '24 hours' or min(created_at) <= clock_timestamp() - interval '7 days'"
+    };
 }
 
-/// One record of a chain.
-pub(super) struct Link {
+statements! { "snapshot";
+    FIND: [UUID, TEXT] = concat!("
+        select lease_id, account_id, model, complete from response_snapshots s where scope_id = $1 and response_id = $2
+            and not (select ", expired!(), " from response_snapshots where chain_id = s.chain_id)");
+
+    /// From the newest link to the root; the rows only if it arrives there. A cycle has no root, and a gap ends before it.
+    CHAIN: [UUID, TEXT, INT4, INT8] = concat!("
+        with recursive walk as (
+            select 1 depth, bytes::bigint total, s.* from response_snapshots s
+            where scope_id = $1 and response_id = $2 and complete and bytes <= $4
+                and not (select ", expired!(), " from response_snapshots where chain_id = s.chain_id)
+            union all
+            select w.depth + 1, w.total + s.bytes, s.* from walk w
+            join response_snapshots s on (s.scope_id, s.response_id, s.chain_id) = ($1, w.parent_response_id, w.chain_id)
+            where not w.is_root and w.depth < $3 and s.complete and w.total + s.bytes <= $4
+        )
+        select response_id, chain_id, lease_id, account_id, bytes, body from walk
+        where exists (select from walk where is_root) order by depth desc");
+
+    /// Whole chains. A link that a turn adds at this moment is left alone; without its root it cannot be told, and expires.
+    PURGE: [INT4, INT4, INT8] = concat!("
+        with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
+        old as (
+            select chain_id from response_snapshots where (select mine from turn) group by chain_id having ", expired!(), " limit $3
+        )
+        delete from response_snapshots s using old where s.chain_id = old.chain_id");
+}
+
+/// One link as it is stored.
+pub(super) struct Stored {
     pub(super) response_id: String,
+    pub(super) chain: ChainId,
+    pub(super) lease: Option<LeaseId>,
     pub(super) account: Option<AccountId>,
-    pub(super) is_root: bool,
-    pub(super) complete: bool,
     pub(super) bytes: usize,
     pub(super) body: Option<Vec<u8>>,
 }
@@ -56,74 +57,47 @@ pub(super) async fn find(
     scope: ScopeId,
     response_id: &str,
 ) -> Result<Option<Found>, Error> {
-    let row = db.opt(&FIND, &[&scope, &plain(response_id)]).await?;
+    let row = db.opt(&FIND, &[&scope, &response_id]).await?;
     row.map(|row| {
         Ok(Found {
             lease: row.try_get(0)?,
-            complete: row.try_get(1)?,
+            account: row.try_get(1)?,
+            model: row.try_get(2)?,
+            complete: row.try_get(3)?,
         })
     })
     .transpose()
 }
 
+/// From the root to the response; empty if the chain is not whole.
 pub(super) async fn chain(
     db: &Db,
     scope: ScopeId,
     response_id: &str,
-    links: usize,
-    bytes: usize,
-) -> Result<Vec<Link>, Error> {
-    let links = i32::try_from(links).unwrap_or(i32::MAX);
-    let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+) -> Result<Vec<Stored>, Error> {
+    let links = i32::try_from(policy::LINKS).expect("a small number");
+    let bytes = i64::try_from(policy::CONVERSATION).expect("a small number");
     let rows = db
-        .all(&CHAIN, &[&scope, &plain(response_id), &links, &bytes])
+        .all(&CHAIN, &[&scope, &response_id, &links, &bytes])
         .await?;
     rows.iter()
         .map(|row| {
-            Ok(Link {
+            Ok(Stored {
                 response_id: row.try_get(0)?,
-                account: row.try_get(1)?,
-                is_root: row.try_get(2)?,
-                complete: row.try_get(3)?,
-                bytes: usize::try_from(row.try_get::<_, i32>(4)?).unwrap_or_default(),
+                chain: row.try_get(1)?,
+                lease: row.try_get(2)?,
+                account: row.try_get(3)?,
+                bytes: usize::try_from(row.try_get::<_, i32>(4)?).unwrap_or(0),
                 body: row.try_get(5)?,
             })
         })
         .collect()
 }
 
-/// Yields the numbers of chains and of records.
-pub(super) async fn purge(
-    db: &Db,
-    after_newest: Duration,
-    after_root: Duration,
-    limit: i64,
-) -> Result<(u64, u64), Error> {
+/// Yields the number of rows that went with at most `chains` chains; none while another replica is at it.
+pub(super) async fn purge(db: &Db, chains: i64) -> Result<u64, Error> {
     /// The job within its class of locks.
-    const SNAPSHOTS: i32 = 3;
-    let row = db
-        .one(
-            &PURGE,
-            &[
-                &(LockClass::Job as i32),
-                &SNAPSHOTS,
-                &after_newest.as_secs_f64(),
-                &after_root.as_secs_f64(),
-                &limit,
-            ],
-        )
-        .await?;
-    let count = |index| -> Result<u64, Error> {
-        Ok(u64::try_from(row.try_get::<_, i64>(index)?).unwrap_or_default())
-    };
-    Ok((count(0)?, count(1)?))
-}
-
-/// An id that no column can hold is the id of nothing.
-fn plain(response_id: &str) -> &str {
-    if response_id.contains('\0') {
-        ""
-    } else {
-        response_id
-    }
+    const SNAPSHOTS: i32 = 2;
+    db.exec(&PURGE, &[&(LockClass::Job as i32), &SNAPSHOTS, &chains])
+        .await
 }

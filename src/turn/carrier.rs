@@ -11,6 +11,7 @@ use crate::{
     config,
     ids::AccountId,
     protocol::{event::Kind, failure::Failure, headers},
+    snapshot::Parent,
     upstream::{self, Unsent, Upstream, credential::Credential, websocket::Socket},
 };
 
@@ -36,6 +37,8 @@ pub(super) struct Line {
     detour: bool,
     /// The response that upstream remembers: the last one that completed on this socket.
     head: Option<Arc<str>>,
+    /// Where that response stands in what is kept of the conversation.
+    parent: Option<Parent>,
     /// What upstream wants repeated, on this socket alone.
     turn_state: Option<String>,
 }
@@ -89,6 +92,14 @@ impl Carrier {
         }
     }
 
+    /// Where the response that upstream remembers stands in what is kept.
+    pub(super) fn parent(&self) -> Option<Parent> {
+        match self {
+            Self::Socket(Some(line)) => line.parent.clone(),
+            _ => None,
+        }
+    }
+
     /// Whether the conversation is only visiting the account of the open socket.
     pub(super) fn is_detour(&self) -> bool {
         matches!(self, Self::Socket(Some(line)) if line.detour)
@@ -123,6 +134,7 @@ impl Carrier {
             account,
             detour,
             head: None,
+            parent: None,
         }));
         Ok(())
     }
@@ -155,8 +167,9 @@ impl Carrier {
     }
 
     /// The turn completed: upstream remembers its response.
-    pub(super) fn completed(&mut self, response_id: Option<&str>) {
+    pub(super) fn completed(&mut self, response_id: Option<&str>, parent: Option<Parent>) {
         if let Self::Socket(Some(line)) = self {
+            line.parent = parent;
             line.head = response_id.map(Into::into);
         }
     }

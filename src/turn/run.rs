@@ -3,7 +3,10 @@
 mod attempt;
 mod settle;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::time::{sleep, timeout};
 
@@ -22,11 +25,11 @@ use crate::{
         event::Terminal,
         failure::{Class, Effect, Failure, Next, Phase, Tries, decide},
         limits::Family,
-        request::history::Untold,
+        request,
     },
     routing::{self, Choice, Decision, Lifecycle, family_of},
-    snapshot::{self, Capture, Chain, Missing},
-    telemetry,
+    snapshot::{Capture, Chain, Missing, Parent, Untold},
+    task, telemetry,
     upstream::credential::Freshness,
 };
 
@@ -36,6 +39,8 @@ const AFTERLIFE: Duration = Duration::from_secs(2);
 const PREFERENCE_TIME: Duration = Duration::from_secs(1);
 /// What a piece of output weighs in an estimate.
 const BYTES_OF_A_TOKEN: u64 = 4;
+/// A longer conversation is told again off the workers.
+const LARGE: usize = 1 << 20;
 /// Before the first repeat at the same account; doubled for the second.
 const BACKOFF: Duration = Duration::from_millis(200);
 
@@ -124,7 +129,7 @@ impl Drop for Open<'_> {
 
 /// A conversation that is told again, and the request that continues it.
 struct History {
-    chain: Chain,
+    chain: Arc<Chain>,
     /// As the client sent it, normalised.
     body: Bytes,
 }
@@ -246,7 +251,7 @@ impl<'a> Turn<'a> {
         {
             return Finish::Stop(stop);
         }
-        self.capture = self.captured();
+        self.capture = self.captured(carrier);
         // A conversation that was only visiting goes home when it brings everything with it.
         let visiting = carrier.is_detour() && !self.is_anchored();
         self.detour = carrier.is_detour() && !visiting;
@@ -281,7 +286,7 @@ impl<'a> Turn<'a> {
                     return Finish::Stop(stop);
                 }
             }
-            if let Err(stop) = self.retell(account) {
+            if let Err(stop) = self.retell(account).await {
                 return Finish::Stop(stop);
             }
             let began = Instant::now();
@@ -362,6 +367,7 @@ impl<'a> Turn<'a> {
         match self.engine.snapshots.chain(scope, id).await {
             Ok(chain) => {
                 let body = self.ask.request.body.clone();
+                let chain = Arc::new(chain);
                 self.history = Some(History { chain, body });
                 Ok(())
             }
@@ -374,33 +380,38 @@ impl<'a> Turn<'a> {
     }
 
     /// Tells the conversation again in the form in which this account understands it.
-    fn retell(&mut self, account: AccountId) -> Result<(), Stop> {
+    async fn retell(&mut self, account: AccountId) -> Result<(), Stop> {
         let Some(history) = &self.history else {
             return Ok(());
         };
-        let same_account = history.chain.account == Some(account);
-        let told = history.chain.rebuild(&history.body, same_account);
+        let (chain, body) = (Arc::clone(&history.chain), history.body.clone());
+        let told = if chain.bytes > LARGE {
+            task::blocking(move || chain.rebuild(&body, account)).await
+        } else {
+            chain.rebuild(&body, account)
+        };
         self.ask.request.body = told.map_err(|untold| match untold {
-            Untold::Unanswered(invalid) => Stop::Invalid(Box::new(invalid)),
-            Untold::Sealed => Stop::PreviousResponseNotFound,
+            Untold::Invalid(invalid) => Stop::Invalid(Box::new(invalid)),
+            Untold::Lost => Stop::PreviousResponseNotFound,
         })?;
         Ok(())
     }
 
     /// What is kept of this turn, unless its client keeps everything itself.
-    fn captured(&self) -> Option<Capture> {
+    fn captured(&self, carrier: &Carrier) -> Option<Capture> {
         let facts = &self.ask.request.facts;
-        let http_previous =
-            self.ask.transport == Transport::Http && facts.previous_response_id.is_some();
-        let mode = self.engine.snapshots.mode();
-        if !facts.generate || !snapshot::wanted(mode, self.ask.is_codex(), http_previous) {
+        let previous = facts.previous_response_id.as_deref();
+        let http_previous = self.ask.transport == Transport::Http && previous.is_some();
+        let snapshots = &self.engine.snapshots;
+        if !facts.generate || !snapshots.wanted(self.ask.is_codex(), http_previous) {
             return None;
         }
-        Some(Capture::new(
-            &self.ask.request.body,
-            facts.previous_response_id.as_deref(),
-            self.history.as_ref().map(|history| &history.chain),
-        ))
+        let parent = previous.map(|id| match &self.history {
+            Some(history) => history.chain.parent(),
+            None => carrier.parent().unwrap_or_else(|| Parent::unknown(id)),
+        });
+        let input = request::history::input(&self.ask.request.body)?;
+        Some(Capture::new(input, parent))
     }
 
     /// The account that served the conversation before.

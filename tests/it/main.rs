@@ -24,6 +24,7 @@ mod logins;
 mod process;
 mod quota;
 mod replicas;
+mod snapshots;
 mod statements;
 mod support;
 mod websocket;

@@ -1,154 +1,193 @@
-//! A conversation told again: what came before, put in front of what the request brings.
+//! A conversation told again: the items of its finished turns, put before those of a request.
 //!
-//! Pure edits of JSON text. Items keep their bytes, except where another account would not understand them.
+//! Owns which items of a history another reader may get, and the edit that makes a request whole. It must not know where a history is
+//! kept. The request's own items are the client's word and are not touched.
+//!
+//! Invariant: a history is told whole or not at all, and what is not edited keeps its bytes, in the items and in the body.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use bytes::Bytes;
 
-use super::{Invalid, splice::Container};
+use super::splice::{Container, string};
+use super::{Invalid, parse};
 
-/// One turn of a conversation, as two raw JSON arrays.
-#[derive(Clone, Copy, Debug)]
-pub struct Turn<'a> {
-    /// What its request brought.
-    pub input: &'a str,
-    /// What upstream answered.
-    pub output: &'a str,
+/// What one finished turn added to a conversation.
+#[derive(Debug, Clone, Copy)]
+pub struct Past<'a> {
+    /// Its input items, then its output items: a JSON array of objects.
+    pub items: &'a str,
+    /// The account that reads them now is the one that wrote them.
+    pub own: bool,
 }
 
-/// Why a conversation cannot be told again.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why a history cannot be told.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Untold {
-    /// The request leaves a call of a tool without its output.
-    Unanswered(Invalid),
-    /// What was kept is not what was asked for: it cannot be read, or only the account that sealed it can.
-    Sealed,
+    /// The request does not fit its history; 400.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// The history is damaged, or holds what only the account that wrote it can read (a compaction): as if it were not kept.
+    #[error("the history cannot be told to this account")]
+    Lost,
 }
 
-/// The `input` of a normalised body, a raw value.
-#[must_use]
-pub fn input(body: &Bytes) -> Option<Bytes> {
-    let text = std::str::from_utf8(body).ok()?;
-    let object = Container::object(text).ok()?;
-    let input = object.get("input")?;
-    Some(body.slice_ref(input.as_bytes()))
+/// The `input` of a normalised body, as it stands there.
+pub fn input(body: &Bytes) -> Option<&str> {
+    let object = Container::object(std::str::from_utf8(body).ok()?).ok()?;
+    object.get("input")
 }
 
-/// The items of the history and of the request as one raw array.
+/// The items of an `input` as an array: a string counts as one message of the user. `None` for anything else.
+pub fn items(input: &str) -> Option<Cow<'_, str>> {
+    if input.starts_with('"') {
+        string(input)?;
+        let part = format!(r#"{{"type":"input_text","text":{input}}}"#);
+        return Some(Cow::Owned(format!(
+            r#"[{{"type":"message","role":"user","content":[{part}]}}]"#
+        )));
+    }
+    input.starts_with('[').then_some(Cow::Borrowed(input))
+}
+
+/// The members of two arrays as one array, as they stand there; `None` where either is no array.
+pub fn concat(first: &str, second: &str) -> Option<String> {
+    let (head, tail) = (inner(first)?, inner(second)?);
+    let comma = if head.is_empty() || tail.is_empty() {
+        ""
+    } else {
+        ","
+    };
+    Some(format!("[{head}{comma}{tail}]"))
+}
+
+/// What a reader gets of a history, as one array.
 ///
 /// # Errors
-/// [`Untold`].
-pub fn items(turns: &[Turn<'_>], input: &str, same_account: bool) -> Result<String, Untold> {
-    let length: usize = turns
-        .iter()
-        .map(|turn| turn.input.len() + turn.output.len())
-        .sum();
-    let mut told = Telling {
-        list: String::with_capacity(length + input.len() + 2),
-        calls: Vec::new(),
-        answered: HashSet::new(),
-    };
-    told.list.push('[');
-    for turn in turns {
-        told.add(turn.input, same_account)?;
-        told.add(turn.output, same_account)?;
-    }
-    told.add(input, true)?;
-    told.list.push(']');
-    let open = told
-        .calls
-        .iter()
-        .find(|call| !told.answered.contains(*call));
-    match open {
-        None => Ok(told.list),
-        Some(call) => Err(Untold::Unanswered(Invalid::new(
-            "input",
-            format!(
-                "No tool output found for the call {}.",
-                &call[..call.floor_char_boundary(100)]
-            ),
-        ))),
-    }
+/// [`Untold::Lost`].
+pub fn told<'a>(past: impl IntoIterator<Item = Past<'a>>) -> Result<String, Untold> {
+    Told::of(past).map(|told| told.array())
 }
 
-/// The body with another `input`, and without `previous_response_id`.
+/// The request with its history before its own items, and without `previous_response_id`.
 ///
-/// # Panics
-/// If the body was not read by [`super::read`].
-#[must_use]
-pub fn with_input(body: &Bytes, items: String) -> Bytes {
-    let text = std::str::from_utf8(body).expect("the body was read as UTF-8");
-    let mut object = Container::object(text).expect("the body was read as an object");
+/// # Errors
+/// [`Untold::Invalid`] where a tool call of the history is answered neither there nor in the request: a success is not invented.
+/// [`Untold::Lost`].
+pub fn rebuild<'a>(
+    body: &Bytes,
+    past: impl IntoIterator<Item = Past<'a>>,
+) -> Result<Bytes, Untold> {
+    let wrong = |message: &str| Invalid::new("input", message);
+    let text = std::str::from_utf8(body).map_err(|_| wrong("The request is not UTF-8."))?;
+    let mut object = parse(text)?;
+    let own = object.get("input").and_then(items);
+    let own = own.ok_or_else(|| wrong("`input` must be a string or an array."))?;
+    let told = Told::of(past)?;
+    let (_, objects) = Container::objects(&own)
+        .map_err(|_| wrong("`input` must be an array, and every item of it an object."))?;
+    let answers: HashSet<_> = objects.iter().filter_map(answered).collect();
+    if let Some(call) = told.open().find(|call| !answers.contains(*call)) {
+        return Err(wrong(&format!(
+            "The tool call {call} of the previous response has no output in `input`."
+        ))
+        .into());
+    }
+    let whole = concat(&told.array(), &own).expect("both are arrays");
     object.remove("previous_response_id");
-    object.set("input", items);
-    object.finish().map_or_else(|| body.clone(), Bytes::from)
+    object.set("input", whole);
+    let edited = object.finish();
+    Ok(edited.map_or_else(|| body.clone(), Bytes::from))
 }
 
-struct Telling {
-    list: String,
-    /// Ids of calls, and those that have an output.
-    calls: Vec<String>,
-    answered: HashSet<String>,
+/// What stands between the brackets.
+fn inner(array: &str) -> Option<&str> {
+    let inner = array.trim().strip_prefix('[')?.strip_suffix(']')?;
+    Some(inner.trim())
 }
 
-impl Telling {
-    fn add(&mut self, list: &str, same_account: bool) -> Result<(), Untold> {
-        let list = list.trim();
-        if list.starts_with('"') {
-            let message = format!(
-                r#"{{"type":"message","role":"user","content":[{{"type":"input_text","text":{list}}}]}}"#
-            );
-            self.push(&message);
-            return Ok(());
-        }
-        let (_, items) = Container::objects(list).map_err(|_| Untold::Sealed)?;
-        for mut item in items {
-            let kind = item.string("type").unwrap_or_default();
-            if let Some(call) = item.string("call_id") {
-                if kind.ends_with("_output") {
-                    self.answered.insert(call.into_owned());
-                } else {
-                    self.calls.push(call.into_owned());
-                }
-            }
-            let sealed = item.present("encrypted_content").is_some();
-            if kind == "reasoning" && !(sealed && same_account) {
-                // Upstream keeps nothing: thoughts that are not in the item are nowhere.
-                continue;
-            }
-            if same_account {
-                self.push(item.text());
-                continue;
-            }
-            if sealed {
-                return Err(Untold::Sealed);
-            }
-            item.remove("id");
-            for key in ["content", "output"] {
-                if let Some(edited) = item.present(key).and_then(without_files) {
-                    item.set(key, edited);
-                }
-            }
-            match item.finish() {
-                Some(edited) => self.push(&edited),
-                None => self.push(item.text()),
+/// The items of a history that are told, and the tool calls among them.
+#[derive(Default)]
+struct Told<'a> {
+    items: Vec<Cow<'a, str>>,
+    calls: Vec<Cow<'a, str>>,
+    answers: HashSet<Cow<'a, str>>,
+}
+
+impl<'a> Told<'a> {
+    fn of(past: impl IntoIterator<Item = Past<'a>>) -> Result<Self, Untold> {
+        let mut told = Self::default();
+        for Past { items, own } in past {
+            let (list, objects) = Container::objects(items).map_err(|_| Untold::Lost)?;
+            for (raw, item) in list.values().zip(objects) {
+                told.calls.extend(called(&item));
+                told.answers.extend(answered(&item));
+                told.items.extend(retold(raw, item, own)?);
             }
         }
-        Ok(())
+        Ok(told)
     }
 
-    fn push(&mut self, item: &str) {
-        if self.list.len() > 1 {
-            self.list.push(',');
-        }
-        self.list.push_str(item);
+    fn array(&self) -> String {
+        format!("[{}]", self.items.join(","))
+    }
+
+    /// The calls that nothing in the history answers.
+    fn open(&self) -> impl Iterator<Item = &Cow<'a, str>> {
+        self.calls
+            .iter()
+            .filter(|call| !self.answers.contains(*call))
     }
 }
 
-/// Content parts without those that name a file of the account; `None` where there is none.
-fn without_files(parts: &str) -> Option<String> {
-    let (mut list, parts) = Container::objects(parts).ok()?;
+/// The id under which an item asks the client to run a tool. What upstream runs itself has none.
+fn called<'a>(item: &Container<'a>) -> Option<Cow<'a, str>> {
+    item.string("call_id")
+        .filter(|_| kind(item).ends_with("_call"))
+}
+
+/// The id of the call that an item answers.
+fn answered<'a>(item: &Container<'a>) -> Option<Cow<'a, str>> {
+    item.string("call_id")
+        .filter(|_| kind(item).ends_with("_output"))
+}
+
+fn kind<'a>(item: &Container<'a>) -> Cow<'a, str> {
+    item.string("type").unwrap_or(Cow::Borrowed("message"))
+}
+
+/// An item as the reader gets it, if at all.
+fn retold<'a>(
+    raw: &'a str,
+    mut item: Container<'a>,
+    own: bool,
+) -> Result<Option<Cow<'a, str>>, Untold> {
+    let encrypted = item.present("encrypted_content").is_some();
+    match &*kind(&item) {
+        "compaction_trigger" => return Ok(None), // may stand only at the end of a request
+        // Without its content it is a mere reference to what upstream does not store.
+        "reasoning" => return Ok((own && encrypted).then_some(Cow::Borrowed(raw))),
+        _ if own => return Ok(Some(Cow::Borrowed(raw))),
+        "item_reference" => return Err(Untold::Lost),
+        _ if encrypted => return Err(Untold::Lost),
+        _ => item.remove("id"),
+    }
+    if let Some(parts) = item.present("content").and_then(without_files) {
+        if inner(&parts).is_none_or(str::is_empty) {
+            return Ok(None);
+        }
+        item.set("content", parts);
+    }
+    if let Some(parts) = item.present("output").and_then(without_files) {
+        item.set("output", parts); // its call stays answered, be it with nothing
+    }
+    Ok(Some(item.finish().map_or(Cow::Borrowed(raw), Cow::Owned)))
+}
+
+/// A list of parts without those that name a file of an account; `None` where there are none.
+fn without_files(raw: &str) -> Option<String> {
+    let (mut list, parts) = Container::objects(raw).ok()?;
     for (index, part) in parts.iter().enumerate() {
         if part.present("file_id").is_some() {
             list.remove_at(index);
@@ -159,97 +198,196 @@ fn without_files(parts: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
     use super::*;
 
-    const ASKED: &str =
-        r#"[{"type":"message","role":"user","content":[{"type":"input_text","text":"hé\n"}]}]"#;
-    const CALLED: &str = r#"[{"type":"reasoning","id":"rs_1","encrypted_content":"x"},{"type":"function_call","id":"fc_1","call_id":"c1","name":"f","arguments":"{}"}]"#;
-    const DONE: &str = r#"[ {"type":"function_call_output","call_id":"c1","output":"7"} ]"#;
+    fn body(input: &str) -> Bytes {
+        Bytes::from(format!(
+            r#"{{ "model" : "m", "previous_response_id":"resp_1" ,"input" : {input}, "x": 1.0 }}"#
+        ))
+    }
 
-    fn told(turns: &[Turn<'_>], input: &str, same: bool) -> Result<String, Untold> {
-        items(turns, input, same)
+    fn rebuilt(past: &[(&str, bool)], input: &str) -> Result<String, Untold> {
+        let past = past.iter().map(|&(items, own)| Past { items, own });
+        let whole = rebuild(&body(input), past)?;
+        let whole = std::str::from_utf8(&whole).unwrap();
+        let input = whole
+            .strip_prefix(r#"{ "model" : "m" ,"input" : "#)
+            .and_then(|rest| rest.strip_suffix(r#", "x": 1.0 }"#))
+            .expect("the rest of the body keeps its bytes");
+        Ok(input.trim().to_owned())
+    }
+
+    const HI: &str = r#"{"role":"user","content":"hi"}"#;
+
+    #[test]
+    fn the_history_stands_before_the_request_s_own_items() {
+        let reasoning = r#"{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"e"}"#;
+        let call = r#"{"type":"function_call","id":"fc_1","call_id":"c\u0031","name":"f","arguments":"{}"}"#;
+        let output = r#"{"type":"function_call_output","call_id":"c1","output":"é 🦀"}"#;
+        let custom = r#"{"type":"custom_tool_call","call_id":"c2","name":"f","input":""}"#;
+        let custom_output = r#"{"type":"custom_tool_call_output","call_id":"c2","output":""}"#;
+        let search = r#"{"type":"web_search_call","id":"ws_1","status":"completed"}"#;
+        let compaction = r#"{"type":"compaction","id":"cmp_1","encrypted_content":"e"}"#;
+        let file = r#"{"role":"user","content":[{"type":"input_file","file_id":"f"},{"type":"input_text","text":"t"}]}"#;
+        let file_alone = r#"{"role":"user","content":[{"type":"input_file","file_id":"f"}]}"#;
+        let file_output = r#"{"type":"function_call_output","call_id":"c1","output":[{"type":"input_file","file_id":"f"}]}"#;
+        let one = |item: &str| format!("[{item}]");
+        let two = |a: &str, b: &str| format!("[{a},{b}]");
+        // The items of the history, whether they are the reader's own, the request's input, what becomes of it.
+        let cases: Vec<(String, bool, String, Result<String, &str>)> = vec![
+            ("[]".into(), true, one(HI), Ok(one(HI))),
+            (one(HI), true, "[]".into(), Ok(one(HI))),
+            (one(HI), true, " [ {} ] ".into(), Ok(format!("[{HI},{{}}]"))),
+            (
+                one(HI),
+                true,
+                r#""\u00e9""#.into(),
+                Ok(format!(
+                    r#"[{HI},{{"type":"message","role":"user","content":[{{"type":"input_text","text":"\u00e9"}}]}}]"#
+                )),
+            ),
+            (two(reasoning, HI), true, one(HI), Ok(format!("[{reasoning},{HI},{HI}]"))),
+            (two(reasoning, HI), false, one(HI), Ok(two(HI, HI))),
+            (r#"[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":null}]"#.into(), true, one(HI), Ok(one(HI))),
+            (r#"[{"type":"compaction_trigger"}]"#.into(), true, one(HI), Ok(one(HI))),
+            (two(call, output), true, one(HI), Ok(format!("[{call},{output},{HI}]"))),
+            (one(call), true, one(output), Ok(two(call, output))),
+            (one(custom), true, one(custom_output), Ok(two(custom, custom_output))),
+            (
+                two(call, output),
+                false,
+                one(call),
+                Ok(format!(
+                    r#"[{{"type":"function_call","call_id":"c\u0031","name":"f","arguments":"{{}}"}},{output},{call}]"#
+                )),
+            ),
+            (one(call), true, one(HI), Err("invalid_request_error: The tool call c1 of")),
+            (one(call), true, one(custom_output), Err("invalid_request_error: The tool call c1 of")),
+            (one(search), true, one(HI), Ok(two(search, HI))),
+            (one(search), false, one(HI), Ok(format!(r#"[{{"type":"web_search_call","status":"completed"}},{HI}]"#))),
+            (one(compaction), true, one(HI), Ok(two(compaction, HI))),
+            (one(compaction), false, one(HI), Err("the history")),
+            (r#"[{"type":"item_reference","id":"i"}]"#.into(), false, one(HI), Err("the history")),
+            (one(file), true, one(file), Ok(two(file, file))),
+            (
+                one(file),
+                false,
+                one(file),
+                Ok(format!(r#"[{{"role":"user","content":[{{"type":"input_text","text":"t"}}]}},{file}]"#)),
+            ),
+            (one(file_alone), false, one(HI), Ok(one(HI))),
+            (
+                two(call, file_output),
+                false,
+                "[]".into(),
+                Ok(r#"[{"type":"function_call","call_id":"c\u0031","name":"f","arguments":"{}"},{"type":"function_call_output","call_id":"c1","output":[]}]"#.into()),
+            ),
+            ("[7]".into(), true, one(HI), Err("the history")),
+            ("{}".into(), true, one(HI), Err("the history")),
+            (one(HI), true, "[7]".into(), Err("invalid_request_error")),
+            (one(HI), true, "7".into(), Err("invalid_request_error")),
+        ];
+        for (items, own, input, expected) in cases {
+            let got = rebuilt(&[(&items, own)], &input);
+            match (&got, expected) {
+                (Ok(got), Ok(expected)) => assert_eq!(*got, expected, "{items} {own} {input}"),
+                (Err(error), Err(expected)) => {
+                    assert!(
+                        error.to_string().starts_with(expected),
+                        "{error} {items} {own} {input}"
+                    );
+                }
+                _ => panic!("{got:?} for {items} {own} {input}"),
+            }
+        }
     }
 
     #[test]
-    fn the_same_account_is_told_everything_byte_for_byte() {
-        let turns = [Turn {
-            input: ASKED,
-            output: CALLED,
-        }];
-        let expected = format!(
-            "[{},{},{}]",
-            &ASKED[1..ASKED.len() - 1],
-            &CALLED[1..CALLED.len() - 1],
-            DONE.trim_matches(['[', ']', ' '])
-        );
-        assert_eq!(told(&turns, DONE, true), Ok(expected));
-    }
-
-    #[test]
-    fn another_account_is_told_what_it_can_understand() {
-        let with_file = r#"[{"type":"message","id":"m","role":"user","content":[{"type":"input_file","file_id":"f"},{"type":"input_text","text":"t"}]}]"#;
-        let turns = [Turn {
-            input: with_file,
-            output: CALLED,
-        }];
-        let expected = concat!(
-            r#"[{"type":"message","role":"user","content":[{"type":"input_text","text":"t"}]},"#,
-            r#"{"type":"function_call","call_id":"c1","name":"f","arguments":"{}"},"#,
-            r#"{"type":"function_call_output","call_id":"c1","output":"7"}]"#
-        );
-        assert_eq!(told(&turns, DONE, false).as_deref(), Ok(expected));
-    }
-
-    #[test]
-    fn thoughts_that_upstream_does_not_keep_are_left_out() {
-        let thought = r#"[{"type":"reasoning","id":"rs_1","summary":[]}]"#;
-        let turns = [Turn {
-            input: "[]",
-            output: thought,
-        }];
-        assert_eq!(told(&turns, "[]", true).as_deref(), Ok("[]"));
-    }
-
-    #[test]
-    fn what_one_account_sealed_is_not_told_to_another_as_if_it_were_nothing() {
-        let sealed = r#"[{"type":"compaction","encrypted_content":"x"}]"#;
-        let turns = [Turn {
-            input: sealed,
-            output: "[]",
-        }];
-        assert!(told(&turns, "[]", true).is_ok());
-        assert_eq!(told(&turns, "[]", false), Err(Untold::Sealed));
-    }
-
-    #[test]
-    fn a_call_without_its_output_is_refused() {
-        let turns = [Turn {
-            input: ASKED,
-            output: CALLED,
-        }];
-        let refused = told(&turns, ASKED, true);
-        let Err(Untold::Unanswered(invalid)) = refused else {
-            panic!("{refused:?}");
-        };
-        assert_eq!(invalid.param.as_deref(), Some("input"));
-        assert!(invalid.message.contains("c1"));
-    }
-
-    #[test]
-    fn text_is_a_message_of_the_user() {
-        let expected =
-            r#"[{"type":"message","role":"user","content":[{"type":"input_text","text":"a\"b"}]}]"#;
-        assert_eq!(told(&[], r#""a\"b""#, true).as_deref(), Ok(expected));
-    }
-
-    #[test]
-    fn the_rest_of_the_body_keeps_its_bytes() {
-        let body =
-            Bytes::from_static(br#"{"model":"m", "previous_response_id":"r","input":[1],"n":1e1}"#);
-        assert_eq!(input(&body).as_deref(), Some(b"[1]".as_slice()));
+    fn each_turn_is_told_by_who_wrote_it() {
+        let theirs =
+            r#"[{"type":"reasoning","encrypted_content":"a"},{"id":"m","role":"assistant"}]"#;
+        let ours = r#"[{"type":"reasoning","encrypted_content":"b"}]"#;
         assert_eq!(
-            with_input(&body, "[]".into()),
-            r#"{"model":"m","input":[],"n":1e1}"#
+            rebuilt(&[(theirs, false), (ours, true)], "[]").unwrap(),
+            r#"[{"role":"assistant"},{"type":"reasoning","encrypted_content":"b"}]"#
         );
+    }
+
+    #[test]
+    fn three_hundred_items_keep_their_order_and_their_bytes() {
+        let items: Vec<_> = (0..300)
+            .map(|number| format!(r#"{{ "role":"user","content" : "é\u00e9 {number} 🦀" }}"#))
+            .collect();
+        let turns: Vec<_> = items
+            .chunks(7)
+            .map(|turn| format!("[{}]", turn.join(",")))
+            .collect();
+        let past: Vec<_> = turns.iter().map(|turn| (turn.as_str(), true)).collect();
+        let whole = rebuilt(&past, &format!("[{HI}]")).unwrap();
+        assert_eq!(whole, format!("[{},{HI}]", items.join(",")));
+    }
+
+    #[test]
+    fn the_input_of_a_body_is_read_as_it_stands() {
+        assert_eq!(input(&body(" [ {} ]")), Some("[ {} ]"));
+        assert_eq!(input(&Bytes::from_static(b"{}")), None);
+    }
+
+    fn any_item() -> impl Strategy<Value = Value> {
+        let kind = proptest::sample::select(vec![
+            "message",
+            "web_search_call",
+            "function_call_output",
+            "other",
+        ]);
+        (
+            kind,
+            "\\PC{0,12}",
+            proptest::option::of("[a-c]"),
+            any::<bool>(),
+        )
+            .prop_map(|(kind, text, id, parts)| {
+                let content = if parts {
+                    json!([{"type": "input_text", "text": text}])
+                } else {
+                    json!(text)
+                };
+                let mut item = json!({"type": kind, "content": content});
+                if kind.ends_with("_output") {
+                    item["call_id"] = json!("c");
+                }
+                if let Some(id) = id {
+                    item["id"] = json!(id);
+                }
+                item
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_history_is_told_whole_and_in_order(
+            turns in proptest::collection::vec((proptest::collection::vec(any_item(), 0..60), any::<bool>()), 0..6),
+            own in proptest::collection::vec(any_item(), 0..4),
+        ) {
+            let texts: Vec<_> = turns.iter().map(|(items, own)| (json!(items).to_string(), *own)).collect();
+            let past: Vec<_> = texts.iter().map(|(items, own)| (items.as_str(), *own)).collect();
+            let whole: Value = serde_json::from_str(&rebuilt(&past, &json!(own).to_string()).unwrap()).unwrap();
+            let mut expected = Vec::new();
+            for (items, own) in turns {
+                for mut item in items {
+                    if !own {
+                        item.as_object_mut().unwrap().remove("id");
+                    }
+                    expected.push(item);
+                }
+            }
+            expected.extend(own);
+            prop_assert_eq!(whole, json!(expected));
+        }
     }
 }

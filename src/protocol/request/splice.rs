@@ -128,11 +128,6 @@ impl<'a> Container<'a> {
         self.members.iter().map(|member| member.value)
     }
 
-    /// The original text.
-    pub(super) fn text(&self) -> &'a str {
-        self.text
-    }
-
     /// Without a member of its own.
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty()

@@ -47,9 +47,6 @@ impl Turn<'_> {
         began: Instant,
     ) -> (Option<i64>, Attempted) {
         self.seen = Seen::default();
-        if let Some(capture) = &mut self.capture {
-            capture.restart();
-        }
         let (engine, out) = (self.engine, self.out);
         let credential = async {
             let fresh = engine.upstream.credentials().fresh(account, freshness);
@@ -258,10 +255,12 @@ impl Turn<'_> {
             Kind::Codex if is_keepalive(&event) => Ok(()),
             Kind::Codex => self.hold_or_send(event).await,
             kind => {
+                // An attempt that came so far is the last one of its turn.
                 if kind == Kind::OutputItemDone
                     && let Some(capture) = &mut self.capture
+                    && let Some(item) = event::done_item(&event.data())
                 {
-                    capture.push_output(&event.data());
+                    capture.push_output(item);
                 }
                 if self.first_event.is_none() {
                     self.first_event = Some(self.ask.arrived.elapsed());

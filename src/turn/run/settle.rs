@@ -8,7 +8,8 @@ use tokio::time::timeout;
 use super::{Finish, Ran, Turn};
 use crate::{
     ledger::{self, Answer, Outcome, Settlement},
-    protocol::event::Kind,
+    protocol::event::{self, Kind},
+    snapshot::Parent,
     telemetry,
     turn::{End, Item, Stop, carrier::Carrier},
 };
@@ -66,7 +67,7 @@ impl Turn<'_> {
             _ => None,
         };
         self.log(&answer, why);
-        let snapshot = self.snapshot(&finish, response_id.as_deref()).await;
+        let (snapshot, next) = self.snapshot(&finish, response_id.as_deref()).await.unzip();
         let mut ran = Ran::Ended;
         match self.open.turn.take() {
             None => self.engine.ledger.refuse(&self.ask.record(), &answer),
@@ -95,7 +96,7 @@ impl Turn<'_> {
             }
         }
         if completed {
-            carrier.completed(response_id.as_deref());
+            carrier.completed(response_id.as_deref(), next);
         }
         // The client may be gone; then nobody needs to know.
         let end = match finish {
@@ -110,30 +111,37 @@ impl Turn<'_> {
         ran
     }
 
-    /// The record of what this turn added, if it has an answer that may be continued.
+    /// The record of what this turn added, if it has an answer that may be continued, and what the next turn continues.
     async fn snapshot(
         &mut self,
         finish: &Finish,
         response_id: Option<&str>,
-    ) -> Option<ledger::Snapshot> {
+    ) -> Option<(ledger::Snapshot, Parent)> {
         let Finish::Done(told) = finish else {
             return None;
         };
-        let capture = self.capture.take()?;
-        let scope = self.ask.caller.scope();
+        let terminal = told.event.data();
+        let kept = self
+            .capture
+            .take()?
+            .finish(response_id?, event::output(&terminal))?;
+        let account = self.choice.as_ref().map(|choice| choice.account);
+        let (scope, model) = (self.ask.caller.scope(), &self.ask.request.facts.model);
         let snapshots = &self.engine.snapshots;
-        let output = told.event.data();
-        let row = snapshots.seal(scope, response_id?, capture, &output).await;
-        Some(ledger::Snapshot {
-            parent: row.parent,
+        let row = snapshots
+            .seal(scope, kept, self.seat.lease, account, model)
+            .await;
+        let snapshot = ledger::Snapshot {
+            parent: row.parent_response_id,
             chain: row.chain,
-            lease: self.seat.lease,
+            lease: row.lease,
             is_root: row.is_root,
             complete: row.complete,
             bytes: row.bytes,
             key_id: row.key_id,
             body: row.body,
-        })
+        };
+        Some((snapshot, row.next))
     }
 
     /// One line per turn.
