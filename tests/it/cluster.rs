@@ -1,6 +1,7 @@
 //! Replicas behind a balancer without affinity behave like one that never restarts.
 
 mod history;
+mod outages;
 mod pause;
 mod recovery;
 mod script;

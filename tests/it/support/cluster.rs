@@ -57,6 +57,8 @@ pub(crate) struct Cluster {
     pub(crate) balancer: Edge,
     pub(crate) redis: Option<RedisServer>,
     redis_port: u16,
+    /// How to reach the database through `PgBouncer`.
+    pub(crate) pooler_url: Option<String>,
     _pooler: Option<PgBouncer>,
     /// The upstream, and the commands.
     pub(crate) home: Home,
@@ -123,12 +125,12 @@ impl Cluster {
             home.import(name).await;
         }
         let key = home.key("cluster").await;
-        let pooled_url = pooler.as_ref().map(|pooler| pooler.url(&test));
+        let pooler_url = pooler.as_ref().map(|pooler| pooler.url(&test));
         let mut replicas = Vec::new();
         for number in 0..plan.replicas {
             let redis = redis.as_ref().map(|_| local(redis_port));
             let replica =
-                Replica::new(number, seed, &home, &test.url, pooled_url.as_deref(), redis);
+                Replica::new(number, seed, &home, &test.url, pooler_url.as_deref(), redis);
             replicas.push(replica.await);
         }
         let fronts: Vec<_> = replicas
@@ -141,6 +143,7 @@ impl Cluster {
             balancer: Edge::before(&fronts, seed).await,
             redis,
             redis_port,
+            pooler_url,
             _pooler: pooler,
             home,
             client: test.connect().await,
