@@ -8,20 +8,20 @@
 //! It knows nothing of clients and connections: callers say what happened.
 
 mod attempt;
+mod late;
 mod log;
 pub mod price;
 mod store;
 mod sweep;
 mod turn;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
 
-use self::log::{Entry, RequestLog};
 pub use self::{
     attempt::{Attempt, End, Metered, Totals, Try},
     store::STATEMENTS,
@@ -30,6 +30,10 @@ pub use self::{
         Answer, Booked, Bridge, Fence, NotOpened, Opened, Opening, Outcome, Request, Settlement,
         Snapshot, Sticky,
     },
+};
+use self::{
+    late::{Away, Late},
+    log::{Entry, RequestLog},
 };
 use crate::{
     db::{Class, Db, Error},
@@ -48,6 +52,7 @@ pub struct Ledger {
     /// The present incarnation of this process.
     boot: watch::Receiver<BootId>,
     log: RequestLog,
+    away: Arc<Away>,
 }
 
 impl Ledger {
@@ -57,7 +62,13 @@ impl Ledger {
         let log = RequestLog::new(&db);
         let writer = log.clone();
         tasks.essential("request_log", async move { writer.run().await });
-        Self { db, boot, log }
+        let away = Arc::default();
+        Self {
+            db,
+            boot,
+            log,
+            away,
+        }
     }
 
     /// Reserves: opens the turn, with its first attempt, before anything is sent. A request that repeats one which did not complete reopens
@@ -69,8 +80,29 @@ impl Ledger {
         let boot = self.boot();
         let first = Attempt::begin(opening.request.id, boot, opening.first);
         let opened = store::open(&self.db, boot, &opening, &first).await?;
+        self.away.answered();
         let (turn, earlier) = opened.ok_or(NotOpened::Fenced)?;
         Ok(Opened::new(opening, turn, earlier, first))
+    }
+
+    /// Postgres did not answer in time. Until it does, and for a minute at most, [`Ledger::open_late`] opens.
+    pub fn missed(&self) {
+        self.away.missed();
+    }
+
+    /// Whether Postgres is known to be away, and turns may begin without it.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away.is_bridged()
+    }
+
+    /// Opens a turn while Postgres is away, without its lease: it is recorded when it is settled. If an opening of the same request has
+    /// landed all the same, it becomes that. `None` if Postgres is not away, or for too long, or too many turns wait.
+    #[must_use]
+    pub fn open_late(&self, opening: Opening) -> Option<Opened> {
+        let place = self.away.place()?;
+        let first = Attempt::begin(opening.request.id, self.boot(), opening.first);
+        Some(Opened::late(Late::new(opening, place), first))
     }
 
     /// Records a further attempt, before anything of it is sent. False if the turn is no longer ours: nothing may be sent.
@@ -80,7 +112,7 @@ impl Ledger {
     pub async fn attempt(&self, opened: &mut Opened, next: Try) -> Result<bool, Error> {
         let mut with_next = opened.clone();
         with_next.begin(Attempt::begin(opened.request().id, self.boot(), next));
-        let recorded = store::attempt(&self.db, &with_next).await?;
+        let recorded = opened.is_late() || store::attempt(&self.db, &with_next).await?;
         if recorded {
             *opened = with_next;
         }
@@ -93,7 +125,11 @@ impl Ledger {
     /// Of the statement; whether it was booked is then unknown, and repeating is safe.
     pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<Booked, Error> {
         let opened = opened.closed();
+        if let Some(late) = opened.unrecorded() {
+            store::open_late(&self.db, self.boot(), &late.opening, &opened).await?;
+        }
         let booked = store::settle(&self.db, &opened, settlement).await?;
+        self.away.answered();
         // Also when it was booked before: the log ignores what it has.
         self.log.push(Entry::of_turn(&opened, &settlement.answer));
         Ok(booked)

@@ -108,6 +108,18 @@ statements! { "ledger";
             attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
         where boot_id = $1 and request_id = $2 and state = 'open' and (select count(*) from idle) >= 0";
 
+    /// Records a turn that ran while Postgres was away, before it is settled. If its BEGIN has landed all the same, its lease is idle again
+    /// and its row is there already; if that lands later, it finds this row and is undone as a whole.
+    OPEN_LATE: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8] = "
+        with idle as (
+            update http_bridge_leases set busy_turn = null, busy_since = null
+            where lease_id = $11 and generation = $12 and owner_boot = $5 and busy_turn = $1
+            returning 1
+        )
+        insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
+        select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from idle) >= 0
+        on conflict do nothing";
+
     /// An entry that is there stays as it is.
     LOG: [JSONB] = concat!("
         insert into request_log (", log_columns!(), ")
@@ -233,6 +245,34 @@ pub(super) async fn open(
     };
     let opened = read(&row).map_err(Error::from)?;
     Ok(Some(opened))
+}
+
+pub(super) async fn open_late(
+    db: &Db,
+    boot: BootId,
+    opening: &Opening,
+    opened: &Opened,
+) -> Result<(), Error> {
+    let (request, fence) = (&opening.request, opening.fence.as_ref());
+    db.exec(
+        &OPEN_LATE,
+        &[
+            &request.id,
+            &request.scope,
+            &request.api_key,
+            &opening.client_turn.as_deref().map(client_turn),
+            &boot,
+            &request.route,
+            &request.transport,
+            &plain(&request.model, 100),
+            &opened.account(),
+            &Json(opened.all_attempts()),
+            &fence.map(|fence| fence.lease),
+            &fence.map(|fence| fence.generation),
+        ],
+    )
+    .await
+    .map(drop)
 }
 
 pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {

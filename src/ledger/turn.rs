@@ -1,10 +1,13 @@
 //! The life of a turn in the ledger: what is known when it opens, while it is open, and when it settles.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use serde_json::Value;
 
-use super::attempt::{Attempt, End, Totals, Try};
+use super::{
+    attempt::{Attempt, End, Totals, Try},
+    late::Late,
+};
 use crate::db::Error;
 use crate::ids::{AccountId, ApiKeyId, BootId, ChainId, LeaseId, ScopeId, TurnId};
 
@@ -73,6 +76,7 @@ pub struct Opened {
     fence: Option<Fence>,
     boot: BootId,
     attempts: Vec<Attempt>,
+    late: Option<Arc<Late>>,
 }
 
 impl Opened {
@@ -91,7 +95,32 @@ impl Opened {
             fence: opening.fence,
             boot,
             attempts,
+            late: None,
         }
+    }
+
+    /// One that is not recorded yet. It has no lease: what was not begun on it does not move it.
+    pub(super) fn late(late: Late, first: Attempt) -> Self {
+        let request = late.opening.request.clone();
+        Self {
+            turn: request.id,
+            request,
+            fence: None,
+            boot: first.boot_id,
+            attempts: vec![first],
+            late: Some(Arc::new(late)),
+        }
+    }
+
+    /// Whether it began while Postgres was away, and is recorded at its end.
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        self.late.is_some()
+    }
+
+    /// What its recording needs, if it is still to come.
+    pub(super) fn unrecorded(&self) -> Option<&Late> {
+        self.late.as_deref()
     }
 
     /// The row of the ledger: the id of the first request of this turn.

@@ -423,11 +423,13 @@ impl<'a> Turn<'a> {
         let Some(key) = self.key else { return before };
         let scope = self.ask.caller.scope();
         let asked = self.engine.sticky.get(scope, &key);
-        timeout(PREFERENCE_TIME, asked)
-            .await
-            .ok()
-            .flatten()
-            .or(before)
+        // What is known here comes at once.
+        let time = if self.engine.ledger.is_away() {
+            Duration::ZERO
+        } else {
+            PREFERENCE_TIME
+        };
+        timeout(time, asked).await.ok().flatten().or(before)
     }
 
     /// Runs `work` unless the client has left for good or the process ends.

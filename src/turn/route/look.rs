@@ -113,6 +113,13 @@ impl Router {
         }
         let me = engine.replica.boot();
         local = local.filter(|handle| handle.held.boot == me);
+        if local.is_none()
+            && previous.is_none()
+            && evidence != Evidence::Invalid
+            && engine.ledger.is_away()
+        {
+            return Ok(self.away(evidence, key, lease, socket));
+        }
         let mut row = None;
         // A session here is believed until a turn of it is fenced. A conversation that names nothing but its key is claimed unread: if it
         // has an owner, the claim says so.
@@ -242,6 +249,7 @@ impl Inner {
             }
             Err(_) => {
                 tracing::warn!("continuity cannot be read within 2 s");
+                self.ledger.missed();
                 None
             }
         }

@@ -14,8 +14,9 @@ use tokio::time::{sleep_until, timeout};
 
 use super::{Attempted, Over, Seen, Told, Turn, gone};
 use crate::{
+    db,
     ids::AccountId,
-    ledger::{Fence, NotOpened, Opening, Try},
+    ledger::{Fence, NotOpened, Opened, Opening, Try},
     protocol::{
         event::{self, ErrorBody, Kind, Terminal},
         failure::{Class, Deadline, Failure, Phase},
@@ -36,6 +37,8 @@ use crate::{
 
 /// How long a reservation may take.
 const RESERVE_TIME: Duration = Duration::from_secs(5);
+/// How long Postgres may take before a turn that can begins without it.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 impl Turn<'_> {
     /// One attempt at one account. Yields the credential's generation, if it came so far.
@@ -133,21 +136,40 @@ impl Turn<'_> {
             fence,
             first: next,
         };
-        let over = match timeout(RESERVE_TIME, self.engine.ledger.open(opening)).await {
-            Ok(Ok(opened)) => {
-                self.open.turn = Some(opened);
-                // Nobody may be there to hear it; then the turn ends as for any client that left.
-                let _ = self.out.send(Item::Begun(self.seat.token.take())).await;
-                return Ok(());
-            }
+        let ledger = &self.engine.ledger;
+        // A request that brings everything needs no Postgres for a while, and no lease then.
+        let bridged = facts.previous_response_id.is_none() && self.ask.forwarded.is_none();
+        if bridged && let Some(opened) = ledger.open_late(opening.clone()) {
+            return self.begun(opened).await;
+        }
+        let time = if bridged { ANSWER_TIME } else { RESERVE_TIME };
+        let over = match timeout(time, ledger.open(opening.clone())).await {
+            Ok(Ok(opened)) => return self.begun(opened).await,
             Ok(Err(NotOpened::Fenced)) => return Err(Over::Fenced),
             Ok(Err(NotOpened::Begun)) => return Err(Over::Begun),
-            Ok(Err(NotOpened::Db(error))) => unbooked(&error),
-            Err(_) => unbooked("the database does not answer"),
+            Ok(Err(NotOpened::Db(error))) if *error.class() != db::Class::Unavailable => {
+                unbooked(&error)
+            }
+            unanswered => {
+                ledger.missed();
+                if bridged && let Some(opened) = ledger.open_late(opening) {
+                    return self.begun(opened).await;
+                }
+                match unanswered {
+                    Ok(Err(error)) => unbooked(&error),
+                    _ => unbooked("the database does not answer"),
+                }
+            }
         };
-        let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
-        ledger.withdraw(&request, fence, tasks);
+        ledger.clone().withdraw(&request, fence, &self.engine.tasks);
         Err(over)
+    }
+
+    async fn begun(&mut self, opened: Opened) -> Result<(), Over> {
+        self.open.turn = Some(opened);
+        // Nobody may be there to hear it; then the turn ends as for any client that left.
+        let _ = self.out.send(Item::Begun(self.seat.token.take())).await;
+        Ok(())
     }
 
     /// Relays events until the attempt ends.

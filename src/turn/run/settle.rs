@@ -79,8 +79,14 @@ impl Turn<'_> {
                     complete: completed,
                     snapshot,
                 };
-                let settled =
-                    timeout(SETTLE_TIME, self.engine.ledger.settle(&opened, &settlement)).await;
+                let ledger = &self.engine.ledger;
+                // What began without Postgres does not wait for it at its end.
+                let time = if opened.is_late() && ledger.is_away() {
+                    Duration::ZERO
+                } else {
+                    SETTLE_TIME
+                };
+                let settled = timeout(time, ledger.settle(&opened, &settlement)).await;
                 match settled {
                     Ok(Ok(booked)) if !booked.lease => {
                         telemetry::fenced("finish");

@@ -1,0 +1,112 @@
+//! Turns that Postgres cannot record when they begin: they are recorded when they are settled, which goes on until it succeeds.
+//!
+//! Few of them, and not for long: a process that dies meanwhile takes what it has not booked with it.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::turn::Opening;
+use crate::telemetry;
+
+/// For how long turns begin unrecorded.
+const LONGEST: Duration = Duration::from_secs(60);
+/// How many may wait to be booked.
+const MOST: u64 = 1000;
+
+/// Whether Postgres answers, and how many turns wait for it.
+#[derive(Debug, Default)]
+pub(super) struct Away {
+    since: Mutex<Option<Instant>>,
+    waiting: AtomicU64,
+}
+
+impl Away {
+    /// Postgres gave no answer.
+    pub(super) fn missed(&self) {
+        self.with(|since| {
+            since.get_or_insert_with(Instant::now);
+        });
+    }
+
+    /// Postgres answered.
+    pub(super) fn answered(&self) {
+        self.with(|since| *since = None);
+    }
+
+    /// Whether its last answer is still missing, and not for too long.
+    pub(super) fn is_bridged(&self) -> bool {
+        self.with(|since| since.is_some_and(|since| since.elapsed() < LONGEST))
+    }
+
+    /// Room for one more turn.
+    pub(super) fn place(self: &Arc<Self>) -> Option<Place> {
+        if !self.is_bridged() {
+            return None;
+        }
+        let more = |waiting| (waiting < MOST).then_some(waiting + 1);
+        let before = self
+            .waiting
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .ok()?;
+        telemetry::set("drawbridge_unbooked_turns", before + 1);
+        Some(Place(Arc::clone(self)))
+    }
+
+    fn with<T>(&self, look: impl FnOnce(&mut Option<Instant>) -> T) -> T {
+        look(&mut self.since.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A turn that waits; booked when it is dropped, or lost with the process.
+#[derive(Debug)]
+pub(super) struct Place(Arc<Away>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let before = self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        telemetry::set("drawbridge_unbooked_turns", before - 1);
+    }
+}
+
+/// What the recording of a late turn still needs.
+#[derive(Debug)]
+pub(super) struct Late {
+    pub(super) opening: Opening,
+    _place: Place,
+}
+
+impl Late {
+    pub(super) fn new(opening: Opening, place: Place) -> Self {
+        Self {
+            opening,
+            _place: place,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_only_while_postgres_is_away_and_for_so_many() {
+        let away = Arc::new(Away::default());
+        assert!(away.place().is_none(), "it answers");
+        away.missed();
+        let places: Vec<_> = std::iter::from_fn(|| away.place()).collect();
+        assert_eq!(places.len() as u64, MOST);
+        drop(places);
+        assert!(away.place().is_some());
+        away.answered();
+        assert!(away.place().is_none());
+        away.with(|since| *since = Instant::now().checked_sub(LONGEST));
+        away.missed();
+        assert!(away.place().is_none(), "for too long");
+        assert_eq!(away.waiting.load(Ordering::Relaxed), 0);
+    }
+}
