@@ -241,28 +241,25 @@ async fn postgres_away(modes: &[Mode]) {
         }
     }
     let began = Instant::now();
-    let (mut served, mut refused) = (Vec::new(), Vec::new());
+    let mut served = Vec::new();
     for round in 0.. {
         if began.elapsed() > away {
             break;
         }
         for number in [0, 1] {
-            // Whoever brings everything is served, or told when to come back.
+            // Whoever brings everything is served.
             let name = format!("away-{round}-{number}");
             let asked = Instant::now();
             let answer = turn(&cluster, number, &name, &name)
                 .json(&script("hi", false))
                 .send();
             let answer = Answer::of(answer.await.unwrap()).await;
-            if answer.status == 200 {
-                answer.id();
-                served.push(asked.elapsed());
-            } else {
-                let told = (answer.status, answer.code());
-                assert_eq!(told, (503, "continuity_unavailable"), "{answer:#?}");
-                assert!(answer.headers.contains_key("retry-after"));
-                refused.push(asked.elapsed());
-            }
+            assert!(
+                answer.status == 200 && answer.complete,
+                "{name}: {answer:#?}\n{}",
+                cluster.logs()
+            );
+            served.push(asked.elapsed());
             // Whoever does not is told so.
             let mut body = script("hi", false);
             body["previous_response_id"] = "resp_of_long_ago".into();
@@ -275,7 +272,13 @@ async fn postgres_away(modes: &[Mode]) {
         }
         sleep(Duration::from_millis(50)).await;
     }
-    println!("without Postgres: served within {served:?}, refused within {refused:?}");
+    served.sort();
+    let (median, worst) = (served[served.len() / 2], served[served.len() - 1]);
+    println!(
+        "{} turns without Postgres: median {median:?}, worst {worst:?}",
+        served.len()
+    );
+    assert!(worst < Duration::from_secs(5), "{served:?}");
     for edge in cluster.postgres() {
         edge.set(Mode::Pass);
     }
@@ -315,25 +318,19 @@ async fn pgbouncer_may_be_saturated() {
         hogs.push(hog);
     }
     let began = Instant::now();
-    let (mut asked, mut served) = (0, 0);
+    let mut served = 0;
     while began.elapsed() < Duration::from_secs(times(4, 20) as u64) {
         for number in [0, 1] {
-            let name = format!("saturated-{asked}");
+            let name = format!("saturated-{served}");
             let answer = turn(&cluster, number, &name, &name)
                 .json(&script("hi", false))
                 .send();
             let answer = Answer::of(answer.await.unwrap()).await;
-            let told = (answer.status, answer.code());
-            assert!(
-                answer.complete || told == (503, "continuity_unavailable"),
-                "{name}: {answer:#?}\n{}",
-                cluster.logs()
-            );
-            served += usize::from(answer.complete);
-            asked += 1;
+            assert!(answer.complete, "{name}: {answer:#?}\n{}", cluster.logs());
+            served += 1;
         }
     }
-    println!("{served} of {asked} turns while it was saturated");
+    println!("{served} turns while it was saturated");
     drop(hogs);
     whole(&cluster, streams).await;
     unmoved(&cluster, &before).await;
