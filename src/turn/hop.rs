@@ -186,6 +186,7 @@ pub(super) async fn forward(
 
 /// Relays what the owner answers; when our client leaves, so do we.
 async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
+    let mut heard = false;
     loop {
         let frame = tokio::select! {
             biased;
@@ -201,21 +202,27 @@ async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
             Ok(Frame::Sse(json) | Frame::Json(json)) => Item::Event(Event::from_json(json)),
             Ok(Frame::End(end)) => {
                 let end = serde_json::from_slice::<Ended>(&end);
-                let end = end.map_or_else(|_| cut(engine), End::from);
+                let end = end.map_or_else(|_| cut(engine, heard), End::from);
                 return out.last(Item::End(end));
             }
-            Err(_) => return out.last(Item::End(cut(engine))),
+            Err(_) => return out.last(Item::End(cut(engine, heard))),
         };
+        heard |= !matches!(item, Item::Begun(_));
         if out.send(item).await.is_err() {
             return;
         }
     }
 }
 
-/// The owner was lost in mid-turn. What it has begun it books, or whoever buries it.
-fn cut(engine: &Inner) -> End {
+/// The owner was lost in mid-turn. What it has begun it books, or whoever buries it. A client that has heard nothing decides whether to
+/// ask again.
+fn cut(engine: &Inner, heard: bool) -> End {
     let now = engine.upstream.clock().now().as_second();
-    End::Failed(Box::new(Stop::Upstream(Failure::truncated(now), None)))
+    End::Failed(Box::new(if heard {
+        Stop::Upstream(Failure::truncated(now), None)
+    } else {
+        Stop::Rejected(Reject::OwnerUnreachable, Some(Duration::from_secs(1)))
+    }))
 }
 
 fn details(ask: &Ask) -> Box<RawValue> {
