@@ -10,6 +10,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::Stream;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use moka::sync::Cache;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::{
     forward::{Answer, Call, Client, Envelope, Failure as Unanswered, Frame, Owner, Refusal},
-    ids::LeaseId,
+    ids::{BootId, LeaseId},
     lease,
     protocol::{
         failure::Failure,
@@ -28,15 +29,28 @@ use crate::{
     },
 };
 
+/// How long a peer that gave no answer is spared.
+const SPARED: Duration = Duration::from_secs(5);
+
 /// The way to other replicas. Cheap to clone.
 #[derive(Clone)]
-pub struct Peers(Client);
+pub struct Peers {
+    client: Client,
+    /// Those that lately gave no answer.
+    silent: Cache<BootId, ()>,
+}
 
 impl Peers {
     /// Over a client of the room `forward`.
     #[must_use]
     pub fn new(client: Client) -> Self {
-        Self(client)
+        let silent = Cache::builder().time_to_live(SPARED).build();
+        Self { client, silent }
+    }
+
+    /// Whether turns that may run elsewhere should: what such a peer is sent it may well serve, for nobody to hear.
+    pub(super) fn is_spared(&self, owner: &lease::Owner) -> bool {
+        matches!(owner, lease::Owner::Other { boot, .. } if self.silent.contains_key(boot))
     }
 }
 
@@ -157,7 +171,7 @@ pub(super) async fn forward(
     else {
         return Sent::NotOwner;
     };
-    let Some(Peers(client)) = &engine.peers else {
+    let Some(Peers { client, silent }) = &engine.peers else {
         return Sent::Silent;
     };
     let envelope = Envelope {
@@ -176,7 +190,11 @@ pub(super) async fn forward(
             relay(engine, answer, out).await;
             Sent::Served
         }
-        Err(Unanswered::Silent | Unanswered::Refused(Refusal::Draining)) => Sent::Silent,
+        Err(Unanswered::Silent) => {
+            silent.insert(*boot, ());
+            Sent::Silent
+        }
+        Err(Unanswered::Refused(Refusal::Draining)) => Sent::Silent,
         // So answers also who started anew at the same address.
         Err(Unanswered::Refused(Refusal::NotOwner | Refusal::Invalid)) => Sent::NotOwner,
         Err(Unanswered::Refused(Refusal::Full)) => Sent::Busy,

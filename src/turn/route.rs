@@ -246,7 +246,14 @@ impl Router {
             self.again = true;
             return Some(self);
         };
-        match hop::forward(&self.engine, &self.ask, &self.out, row).await {
+        let elsewhere = known.inputs.continuity != Continuity::Required { snapshot: false };
+        let peers = self.engine.peers.as_ref();
+        let sent = if elsewhere && peers.is_some_and(|peers| peers.is_spared(&row.owner)) {
+            hop::Sent::Silent
+        } else {
+            hop::forward(&self.engine, &self.ask, &self.out, row).await
+        };
+        match sent {
             hop::Sent::Served => {
                 telemetry::bridge(why.outcome, why.reason);
                 None
