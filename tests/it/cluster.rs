@@ -2,6 +2,7 @@
 
 mod history;
 mod outages;
+mod partitions;
 mod pause;
 mod recovery;
 mod script;

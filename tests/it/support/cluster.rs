@@ -173,8 +173,8 @@ impl Cluster {
         let replica = &mut self.replicas[number];
         command.envs(replica.settings.iter().map(|(name, value)| (*name, value)));
         replica.service = Some(Service::start(command).await);
-        replica.clients.set(Mode::Pass);
-        replica.peers.set(Mode::Pass);
+        replica.clients.open().await;
+        replica.peers.open().await;
     }
 
     /// Returns when every living replica has met every other.

@@ -90,6 +90,15 @@ impl Edge {
         self.mode.send_replace(mode);
     }
 
+    /// Delivers again, to new connections too when this returns.
+    pub(crate) async fn open(&self) {
+        self.set(Mode::Pass);
+        super::wait::until("the edge accepts", async || {
+            TcpStream::connect(self.address).await.is_ok()
+        })
+        .await;
+    }
+
     /// Resets the connections that exist.
     pub(crate) fn cut(&self) {
         self.round.send_modify(|round| *round += 1);
