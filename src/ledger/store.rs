@@ -28,8 +28,8 @@ macro_rules! log_columns {
 statements! { "ledger";
     /// BEGIN, the only gate to an upstream send. With a lease ($11) the fence and the reservation are one fact: both or none. Without, it is
     /// the plain insert. Two racing retries lock the same row: the second waits, finds it open again, and becomes a turn of its own, as does
-    /// a request whose predecessor still runs. The row's previous sums stay until it is settled again. `turns_request` is unique, so one
-    /// request begins once, on whichever replica.
+    /// a request whose predecessor still runs. The row's previous sums stay until it is settled again. One request begins once, on whichever
+    /// replica: `turns_request` is unique, and one that is among a turn's attempts already is no retry of it, but meets its primary key.
     OPEN: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8] = "
         with fenced as (
             update http_bridge_leases set busy_turn = $1, busy_since = clock_timestamp(), turn_seq = turn_seq + 1, account_id = $9,
@@ -46,11 +46,15 @@ statements! { "ledger";
                 response_id = null, lease_id = $11, generation = $12, opened_at = clock_timestamp(), settled_at = null
             from newest
             where t.turn_id = newest.turn_id and t.state <> 'open' and t.outcome <> 'completed' and t.requests < 32
+                and not t.attempts @> jsonb_build_array(jsonb_build_object('request', $1))
             returning t.turn_id, t.attempts
+        ), begun as (
+            select turn_id from turns
+            where scope_id = $2 and client_turn_id = $4 and attempts @> jsonb_build_array(jsonb_build_object('request', $1)) limit 1
         ), inserted as (
             insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id,
                 attempts, lease_id, generation)
-            select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12 from mine where not exists (select from reopened)
+            select coalesce((select turn_id from begun), $1), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12 from mine where not exists (select from reopened)
             returning turn_id, attempts
         )
         select * from reopened union all select * from inserted";
