@@ -18,6 +18,7 @@ mod embedded;
 mod forward;
 mod http;
 mod keys;
+mod leases;
 mod ledger;
 mod limits;
 mod logins;
