@@ -5,6 +5,7 @@
 //! owner has a tombstone, or when the owner is silent and provably idle ([`Leases::take`]). BEGIN and FINISH, which write a lease together
 //! with its turn, stand in the ledger's store. This room knows nothing of sockets and of what a session remembers.
 
+pub mod step;
 mod store;
 
 use std::time::Duration;
