@@ -1,5 +1,8 @@
 //! A lease has one owner, a turn is begun by it alone, and what a fenced replica says afterwards moves nothing.
 
+mod crowd;
+mod meaning;
+
 use std::{collections::HashSet, time::Duration};
 
 use drawbridge::{
