@@ -22,7 +22,7 @@ use super::{Replica, answered, bury, opening};
 use crate::support::store::Store;
 
 const ACTORS: usize = 6;
-const STEPS: usize = 150;
+const STEPS: usize = 250;
 const LEASES: usize = 2;
 
 /// What somebody was told, between two ticks of one clock.
@@ -93,13 +93,13 @@ async fn act(
         };
         let from = history.now();
         match random.random_range(0..100) {
-            0..25 => {
+            0..20 => {
                 if let Some(grant) = actor.claim_id(scope, lease).await {
                     history.tell(from, &grant, What::Granted);
                     held.push((scope, grant));
                 }
             }
-            25..55 if !held.is_empty() => {
+            20..45 if !held.is_empty() => {
                 let which = held.len() - 1 - random.random_range(0..held.len().min(3));
                 let (scope, grant) = held[which];
                 let opening = opening(scope, Some(&grant));
@@ -120,8 +120,10 @@ async fn act(
                     Err(error) => panic!("{error}"),
                 }
             }
-            55..75 if !open.is_empty() => {
-                let (grant, opened) = open.swap_remove(random.random_range(0..open.len()));
+            45..75 if !open.is_empty() => {
+                let last = open.len() - 1;
+                let which = if random.random_bool(0.8) { last } else { 0 };
+                let (grant, opened) = open.remove(which);
                 let id = opened.request().id;
                 let (turn, lease) = me.finish(&opened, &answered(Some(&id.to_string()))).await;
                 assert!(turn, "it was not booked before");
@@ -251,7 +253,7 @@ async fn replicas_that_act_at_once_never_own_write_or_begin_what_is_anothers() {
             let counts = check(of_lease);
             println!("grants, turns, heads: {counts:?}");
             assert!(
-                counts.iter().all(|count| *count > 10),
+                counts.iter().all(|count| *count > 5),
                 "{counts:?} is no crowd"
             );
         }
