@@ -22,6 +22,7 @@ mod leases;
 mod ledger;
 mod limits;
 mod logins;
+mod model;
 mod process;
 mod quota;
 mod replicas;
