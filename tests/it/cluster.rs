@@ -1,4 +1,5 @@
 //! Replicas behind a balancer without affinity behave like one that never restarts.
+#![expect(clippy::print_stdout, reason = "times are worth knowing")]
 
 mod history;
 mod outages;

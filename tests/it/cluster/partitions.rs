@@ -174,6 +174,37 @@ async fn an_owner_without_postgres_is_buried_and_comes_back_as_another() {
 }
 
 #[tokio::test]
+async fn an_owner_without_upstream_says_so_and_keeps_its_lease() {
+    let cluster = Cluster::start(Plan::default()).await;
+    let first = answer(turn(&cluster, 0, "s", "first").json(&script("one", false))).await;
+    let before = cluster.leases().await;
+    let edge = &cluster.replicas[0].upstream;
+    edge.set(Mode::Refuse);
+    edge.cut();
+    // Through either replica: the owner is asked, and has nobody to ask.
+    for number in [0, 1] {
+        let id = format!("second-{number}");
+        let second = turn(&cluster, number, "s", &id).header("x-codex-turn-state", first.token());
+        let second = answer(second.json(&script("two", false))).await;
+        assert!((500..600).contains(&second.status), "{second:#?}");
+        println!("by r{number}: {} {}", second.status, second.code());
+    }
+    edge.open().await;
+    let third = turn(&cluster, 1, "s", "third").header("x-codex-turn-state", first.token());
+    answer(third.json(&script("three", false))).await.id();
+    cluster.booked().await;
+    for column in ["lease_id", "generation", "owner_boot"] {
+        assert_eq!(
+            cluster.leases().await[0][column],
+            before[0][column],
+            "{column}"
+        );
+    }
+    assert_eq!(cluster.home.upstream.attempts().len(), 2);
+    assert_eq!(cluster.home.upstream.violations(), [""; 0]);
+}
+
+#[tokio::test]
 async fn an_owner_that_dies_while_it_serves_a_peers_client_ends_that_turn_honestly() {
     let mut cluster = Cluster::start(Plan::default()).await;
     // Before anything was said, and after.

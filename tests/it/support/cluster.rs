@@ -1,5 +1,6 @@
 //! Several replicas as an operator runs them: real processes, one Postgres, a balancer without affinity, and a faulty network between
 //! all of them. At a tenth of the service's times. Whatever is dropped is stopped.
+#![expect(clippy::print_stdout, reason = "a seed that failed is wanted again")]
 
 use std::{
     collections::BTreeSet,
@@ -424,8 +425,8 @@ impl Answer {
             .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
         let body: Value = if streamed {
             let events = text.lines().filter_map(|line| line.strip_prefix("data: "));
-            let events = events.filter_map(|data| serde_json::from_str::<Value>(data).ok());
-            events.last().unwrap_or_default()
+            let mut events = events.filter_map(|data| serde_json::from_str::<Value>(data).ok());
+            events.next_back().unwrap_or_default()
         } else {
             serde_json::from_str(&text).unwrap_or_default()
         };
