@@ -21,26 +21,37 @@ const MOST: u64 = 1000;
 /// Whether Postgres answers, and how many turns wait for it.
 #[derive(Debug, Default)]
 pub(super) struct Away {
-    since: Mutex<Option<Instant>>,
+    silence: Mutex<Option<Silence>>,
     waiting: AtomicU64,
+}
+
+/// Answers that were missed in a row.
+#[derive(Clone, Copy, Debug)]
+struct Silence {
+    first: Instant,
+    last: Instant,
 }
 
 impl Away {
     /// Postgres gave no answer.
     pub(super) fn missed(&self) {
-        self.with(|since| {
-            since.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        self.with(|silence| {
+            // Nobody asked for long after the last one: what came between is not known.
+            let same = silence.filter(|silence| now - silence.last < LONGEST);
+            let first = same.map_or(now, |silence| silence.first);
+            *silence = Some(Silence { first, last: now });
         });
     }
 
     /// Postgres answered.
     pub(super) fn answered(&self) {
-        self.with(|since| *since = None);
+        self.with(|silence| *silence = None);
     }
 
     /// Whether its last answer is still missing, and not for too long.
     pub(super) fn is_bridged(&self) -> bool {
-        self.with(|since| since.is_some_and(|since| since.elapsed() < LONGEST))
+        self.with(|silence| silence.is_some_and(|silence| silence.first.elapsed() < LONGEST))
     }
 
     /// Room for one more turn.
@@ -57,8 +68,8 @@ impl Away {
         Some(Place(Arc::clone(self)))
     }
 
-    fn with<T>(&self, look: impl FnOnce(&mut Option<Instant>) -> T) -> T {
-        look(&mut self.since.lock().unwrap_or_else(PoisonError::into_inner))
+    fn with<T>(&self, look: impl FnOnce(&mut Option<Silence>) -> T) -> T {
+        look(&mut self.silence.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -104,9 +115,15 @@ mod tests {
         assert!(away.place().is_some());
         away.answered();
         assert!(away.place().is_none());
-        away.with(|since| *since = Instant::now().checked_sub(LONGEST));
-        away.missed();
+        let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
+        let silent = |first, last| {
+            away.with(|silence| *silence = Some(Silence { first, last }));
+            away.missed();
+        };
+        silent(ago(61), ago(1));
         assert!(away.place().is_none(), "for too long");
+        silent(ago(600), ago(599));
+        assert!(away.place().is_some(), "that was another time");
         assert_eq!(away.waiting.load(Ordering::Relaxed), 0);
     }
 }
