@@ -103,7 +103,7 @@ pub fn bury(row: Replica, now: u32, grace: u32) -> Option<Replica> {
     (!row.dead && row.expires + grace <= now).then_some(Replica { dead: true, ..row })
 }
 
-/// CLAIM and CLAIM_ID: `next` is the next generation.
+/// CLAIM, by key or by id: `next` is the next generation.
 #[must_use]
 pub fn claim(
     row: Option<Lease>,

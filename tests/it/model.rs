@@ -211,7 +211,9 @@ impl State {
             }
             Statement::Claim => {
                 let row = step::claim(self.lease, boot, is_dead, self.next);
-                row.map(|row| self.grant(row));
+                if let Some(row) = row {
+                    self.grant(row);
+                }
                 Answer::Held(row.map(|row| row.generation))
             }
             Statement::Take {
@@ -225,7 +227,9 @@ impl State {
                 let row = self
                     .lease
                     .and_then(|row| step::take(row, boot, seen, self.now, self.next));
-                row.map(|row| self.grant(row));
+                if let Some(row) = row {
+                    self.grant(row);
+                }
                 Answer::Held(row.map(|row| row.generation))
             }
             Statement::Begin(fence, request) => {
@@ -328,6 +332,10 @@ impl Model for Bridge {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        // What is broken needs no future; it might have no end.
+        if state.broken.is_some() {
+            return;
+        }
         if state.now < END {
             actions.push(Action::Leap);
         }
