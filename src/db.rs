@@ -125,7 +125,8 @@ impl Db {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
-        self.connection().await?.all(stmt, params).await
+        self.lent(async |connection| connection.all(stmt, params).await)
+            .await
     }
 
     /// Runs a statement that returns at most one row.
@@ -137,7 +138,8 @@ impl Db {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
-        self.connection().await?.opt(stmt, params).await
+        self.lent(async |connection| connection.opt(stmt, params).await)
+            .await
     }
 
     /// Runs a statement that returns exactly one row.
@@ -145,7 +147,8 @@ impl Db {
     /// # Errors
     /// Of the pool or of the statement, or if there is not one row.
     pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
-        self.connection().await?.one(stmt, params).await
+        self.lent(async |connection| connection.one(stmt, params).await)
+            .await
     }
 
     /// Runs a statement for its effect; yields the number of rows it touched.
@@ -153,7 +156,19 @@ impl Db {
     /// # Errors
     /// Of the pool or of the statement.
     pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
-        self.connection().await?.exec(stmt, params).await
+        self.lent(async |connection| connection.exec(stmt, params).await)
+            .await
+    }
+
+    /// Lends a connection for one piece of work. If nobody waits for its answer any more, it is cut: the next user would have to.
+    async fn lent<T>(
+        &self,
+        work: impl AsyncFnOnce(&Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let lent = Lent(Some(self.connection().await?));
+        let result = work(lent.0.as_ref().expect("taken only at the end")).await;
+        lent.give_back();
+        result
     }
 
     /// Closes the pools; running statements end first.
@@ -168,6 +183,23 @@ impl std::fmt::Debug for Db {
         f.debug_struct("Db")
             .field("direct", &self.direct)
             .finish_non_exhaustive()
+    }
+}
+
+/// A connection that is cut unless it is given back.
+struct Lent(Option<Connection>);
+
+impl Lent {
+    fn give_back(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            connection.cut();
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 
@@ -136,33 +137,43 @@ impl Ledger {
     }
 
     /// Books the turn in the background, as often as it takes. The sweep books it if this process dies first.
-    pub fn settle_until_booked(self, opened: Opened, settlement: Settlement, tasks: &Tasks) {
+    pub fn settle_until_booked(
+        self,
+        opened: Opened,
+        settlement: Settlement,
+        tasks: &Tasks,
+    ) -> JoinHandle<()> {
         telemetry::count("drawbridge_ledger_late_settlements_total");
-        drop(tasks.spawn("settle", async move {
+        tasks.spawn("settle", async move {
             let mut backoff = Backoff::default();
             while let Err(error) = self.settle(&opened, &settlement).await {
                 if !backoff.pause(&error).await {
                     return;
                 }
             }
-        }));
+        })
     }
 
     /// Takes back, in the background, an opening whose answer was lost: nothing was sent.
-    pub fn withdraw(self, request: &Request, fence: Option<Fence>, tasks: &Tasks) {
-        let (request, boot) = (request.id, self.boot());
-        drop(tasks.spawn("withdraw", async move {
+    pub fn withdraw(
+        self,
+        request: &Request,
+        fence: Option<Fence>,
+        tasks: &Tasks,
+    ) -> JoinHandle<()> {
+        let request = request.id;
+        tasks.spawn("withdraw", async move {
             // Twice: the opening itself may still be on its way when the first finds nothing.
             for pause in [Duration::ZERO, SLOWEST_OPENING] {
                 sleep(pause).await;
                 let mut backoff = Backoff::default();
-                while let Err(error) = store::withdraw(&self.db, boot, request, fence).await {
+                while let Err(error) = store::withdraw(&self.db, request, fence).await {
                     if !backoff.pause(&error).await {
                         return;
                     }
                 }
             }
-        }));
+        })
     }
 
     /// Logs a request that was answered without a turn.

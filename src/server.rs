@@ -280,6 +280,7 @@ impl Server {
     async fn end(&self) -> bool {
         self.phase.draining.cancel();
         self.phase.closing.cancel();
+        self.engine.close();
         self.engine.cancel_all();
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();

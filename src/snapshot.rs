@@ -12,6 +12,10 @@ mod chain;
 mod policy;
 mod store;
 
+use std::time::Duration;
+
+use tokio::time::timeout;
+
 pub use self::{
     capture::{Capture, Kept},
     chain::Chain,
@@ -27,6 +31,8 @@ use crate::{
     task,
 };
 
+/// How long a chain may take to be read: somebody waits for it.
+const READ_TIME: Duration = Duration::from_secs(2);
 /// Chains of one DELETE.
 const BATCH: u16 = 100;
 /// Texts over this many bytes are sealed and opened off the workers.
@@ -62,6 +68,9 @@ pub enum Missing {
     /// It may be there.
     #[error(transparent)]
     Unavailable(#[from] Error),
+    /// It may be there; the database did not answer in time.
+    #[error("the database does not answer in time")]
+    Late,
 }
 
 /// One row of `response_snapshots`, for the statement that finishes the turn.
@@ -175,7 +184,10 @@ impl Snapshots {
         if !policy::is_key(response_id) {
             return Err(Missing::Incomplete);
         }
-        let links = store::chain(&self.db, scope, response_id).await?;
+        let read = store::chain(&self.db, scope, response_id);
+        let links = timeout(READ_TIME, read)
+            .await
+            .map_err(|_| Missing::Late)??;
         let bytes = links.iter().map(|link| link.bytes).sum();
         let keys = self.keys.clone();
         off_worker(bytes, move || open(&keys, scope, links, bytes)).await

@@ -101,14 +101,15 @@ statements! { "lease";
     /// As `BY_ID`.
     BY_KEY: [UUID, TEXT, BYTEA] = concat!(read!(), "where l.scope_id = $1 and l.key_kind = $2 and l.key_hash = $3");
 
-    /// Rows that nobody alive owns. A claim that comes first makes the row too young; one that comes later makes it again. The lock lasts as
+    /// Rows that nobody alive owns, or whose owner has forgotten them: one that has not is fenced by the BEGIN that finds no row. A claim that comes first makes the row too young; one that comes later makes it again. The lock lasts as
     /// long as the statement: one replica at a time deletes.
     PURGE: [INT4, INT4, INT8] = "
         with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
         old as (
             select lease_id from http_bridge_leases l
             where (select mine from turn) and retain_until < clock_timestamp()
-                and (owner_boot is null or exists (select from bridge_replicas r where r.boot_id = l.owner_boot and r.dead_at is not null))
+                and (owner_boot is null or exists (select from bridge_replicas r where r.boot_id = l.owner_boot and r.dead_at is not null)
+                    or (busy_turn is null and retain_until < clock_timestamp() - interval '1 day'))
             limit $3 for update skip locked
         )
         delete from http_bridge_leases l using old where l.lease_id = old.lease_id";

@@ -35,6 +35,7 @@ statements! { "ledger";
             update http_bridge_leases set busy_turn = $1, busy_since = clock_timestamp(), turn_seq = turn_seq + 1, account_id = $9,
                 last_turn_at = clock_timestamp()
             where lease_id = $11 and scope_id = $2 and generation = $12 and owner_boot = $5 and busy_turn is null
+                and not exists (select from bridge_replicas r where r.boot_id = $5 and r.dead_at is not null)
             returning lease_id
         ), mine as (
             select where $11::uuid is null or exists (select from fenced)
@@ -102,26 +103,32 @@ statements! { "ledger";
         select (select count(*) from booked), (select count(*) from moved)";
 
     /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt, and its lease is idle again.
-    WITHDRAW: [UUID, UUID, UUID, INT8] = "
+    WITHDRAW: [UUID, UUID, INT8] = "
         with idle as (
             update http_bridge_leases set busy_turn = null, busy_since = null
-            where lease_id = $3 and generation = $4 and owner_boot = $1 and busy_turn = $2
+            where lease_id = $2 and generation = $3 and busy_turn = $1
             returning 1
         )
         update turns set state = case when requests > 1 then 'settled' else 'released' end, outcome = 'failed', reason = 'withdrawn',
             attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
-        where boot_id = $1 and request_id = $2 and state = 'open' and (select count(*) from idle) >= 0";
+        where request_id = $1 and state = 'open' and (select count(*) from idle) >= 0";
 
     /// Records a turn that ran while Postgres was away, before it is settled. If its BEGIN has landed all the same, its lease is idle again
-    /// and its row is there already; if that lands later, it finds this row and is undone as a whole.
+    /// and its row is there already, or the earlier turn that it reopened is closed again; if that lands later, it finds this row and is
+    /// undone as a whole.
     OPEN_LATE: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8] = "
         with idle as (
             update http_bridge_leases set busy_turn = null, busy_since = null
-            where lease_id = $11 and generation = $12 and owner_boot = $5 and busy_turn = $1
+            where lease_id = $11 and generation = $12 and busy_turn = $1
+            returning 1
+        ), undone as (
+            update turns set state = 'settled', outcome = 'failed', reason = 'withdrawn', request_id = turn_id, attempts = attempts - (-1),
+                requests = requests - 1, settled_at = clock_timestamp()
+            where request_id = $1 and turn_id <> $1 and state = 'open' and (select count(*) from idle) >= 0
             returning 1
         )
         insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
-        select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from idle) >= 0
+        select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from undone) >= 0
         on conflict do nothing";
 
     /// An entry that is there stays as it is.
@@ -136,7 +143,7 @@ statements! { "ledger";
         from turns t
         where state = 'open' and (opened_at < clock_timestamp() - make_interval(secs => $1)
             or not exists (select from bridge_replicas r where r.boot_id = t.boot_id and r.dead_at is null))
-        limit $2";
+        order by turn_id limit $2";
 
     /// Books a turn only as it was read: not if its owner settled it or began an attempt, nor if a retry or another sweep has it.
     /// The log follows the booking in one statement.
@@ -144,12 +151,14 @@ statements! { "ledger";
         with lost as (
             select * from jsonb_to_recordset($1) as lost(turn_id uuid, request_id uuid, attempts jsonb, input_tokens bigint,
                 output_tokens bigint, cached_input_tokens bigint, reasoning_tokens bigint, cost_nanodollars bigint)
+        ), held as (
+            select t.turn_id from turns t join lost using (turn_id) where t.state = 'open' order by t.turn_id for update of t skip locked
         ), booked as (
             update turns t set state = 'settled', outcome = 'lost', attempts = lost.attempts, input_tokens = lost.input_tokens,
                 cached_input_tokens = lost.cached_input_tokens, output_tokens = lost.output_tokens,
                 reasoning_tokens = lost.reasoning_tokens, cost_nanodollars = lost.cost_nanodollars, estimated = true,
                 settled_at = clock_timestamp()
-            from lost
+            from lost join held using (turn_id)
             where t.turn_id = lost.turn_id and t.request_id = lost.request_id and t.state = 'open'
                 and jsonb_array_length(t.attempts) = jsonb_array_length(lost.attempts)
             returning t.turn_id
@@ -362,15 +371,10 @@ pub(super) async fn settle(
     })
 }
 
-pub(super) async fn withdraw(
-    db: &Db,
-    boot: BootId,
-    request: TurnId,
-    fence: Option<Fence>,
-) -> Result<(), Error> {
+pub(super) async fn withdraw(db: &Db, request: TurnId, fence: Option<Fence>) -> Result<(), Error> {
     let lease = fence.map(|fence| fence.lease);
     let generation = fence.map(|fence| fence.generation);
-    db.exec(&WITHDRAW, &[&boot, &request, &lease, &generation])
+    db.exec(&WITHDRAW, &[&request, &lease, &generation])
         .await
         .map(drop)
 }

@@ -147,8 +147,12 @@ impl Carrier {
         credential: &Credential,
         ask: &Ask,
     ) -> Result<Source<'_>, Unsent> {
+        if !fits(ask) {
+            // What a socket remembers ends with a turn that does not pass through it.
+            self.hang_up();
+        }
         match self {
-            Self::Socket(Some(line)) if fits(ask) => {
+            Self::Socket(Some(line)) => {
                 // Whatever becomes of this turn, upstream forgets the response before it.
                 line.head = None;
                 line.socket
@@ -213,7 +217,7 @@ fn turn_state(event: &[u8]) -> Option<String> {
 }
 
 /// Whether upstream takes it in a frame. Images of clients that speak HTTP go as they came.
-fn fits(ask: &Ask) -> bool {
+pub(super) fn fits(ask: &Ask) -> bool {
     let images = ask.transport == Transport::Http && ask.request.facts.input_images;
     ask.request.body.len() <= FRAME_BYTES && !images
 }

@@ -159,7 +159,7 @@ pub(super) enum Sent {
 /// Sends a turn to the owner in `row` and relays its answer.
 pub(super) async fn forward(
     engine: &Inner,
-    ask: &Ask,
+    ask: &mut Ask,
     out: &Sender<Item>,
     row: &lease::Row,
 ) -> Sent {
@@ -187,6 +187,9 @@ pub(super) async fn forward(
     let body = ask.request.body.clone();
     match client.send(endpoint, &envelope, body).await {
         Ok(answer) => {
+            // The owner has it now.
+            ask.request.body = Bytes::new();
+            ask.held = Held::default();
             relay(engine, answer, out).await;
             Sent::Served
         }

@@ -90,6 +90,19 @@ struct Index {
     claims: HashMap<(ScopeId, Key), Weak<tokio::sync::Mutex<()>>>,
 }
 
+impl Index {
+    fn forget(&mut self, handle: &Handle) {
+        let (scope, held) = (handle.scope, &handle.held);
+        self.leases.remove(&held.lease);
+        if self.keys.get(&(scope, held.key)) == Some(&held.lease) {
+            self.keys.remove(&(scope, held.key));
+        }
+        if let Some(head) = handle.state.borrow().head.clone() {
+            self.heads.remove(&(scope, head));
+        }
+    }
+}
+
 impl Registry {
     /// Room for `most` sessions.
     pub(super) fn new(most: usize) -> Self {
@@ -122,43 +135,44 @@ impl Registry {
         index.leases.get(lease).cloned()
     }
 
-    /// Makes room for one more session, if it must at the cost of the one that has been idle longest. False: all are busy.
-    pub(super) fn make_room(&self) -> bool {
+    /// Whether there are as many sessions as there may be, all of them busy.
+    pub(super) fn is_full(&self) -> bool {
         let index = self.index();
-        if index.leases.len() < self.most {
-            return true;
-        }
-        let idle = index.leases.values().filter(|handle| handle.is_idle());
-        let oldest = idle.min_by_key(|handle| handle.state.borrow().since);
-        match oldest {
-            Some(handle) => {
-                handle.retire.cancel();
-                true
-            }
-            None => false,
-        }
+        index.leases.len() >= self.most && !index.leases.values().any(Handle::is_idle)
     }
 
-    /// Enters a session. One that held the same lease before is told to retire: its generation is past.
+    /// Enters a session, if it must in the place of the one that has been idle longest. Of two with the same lease the older generation is
+    /// told to retire.
     pub(super) fn insert(&self, handle: Handle) {
         let mut index = self.index();
         let (scope, held) = (handle.scope, handle.held);
-        index.keys.insert((scope, held.key), held.lease);
-        if let Some(before) = index.leases.insert(held.lease, handle) {
-            before.retire.cancel();
+        if let Some(present) = index.leases.get(&held.lease) {
+            if present.held.generation > held.generation {
+                handle.retire.cancel();
+                return;
+            }
+            present.retire.cancel();
+        } else if index.leases.len() >= self.most {
+            let idle = index.leases.values().filter(|handle| handle.is_idle());
+            let oldest = idle
+                .min_by_key(|handle| handle.state.borrow().since)
+                .cloned();
+            if let Some(oldest) = oldest {
+                oldest.retire.cancel();
+                index.forget(&oldest);
+            }
         }
+        index.keys.insert((scope, held.key), held.lease);
+        index.leases.insert(held.lease, handle);
     }
 
     /// Removes a session, unless its lease has a newer one.
     pub(super) fn remove(&self, scope: ScopeId, held: &Held) {
         let mut index = self.index();
-        let newest = index.leases.get(&held.lease);
-        if newest.is_some_and(|newest| newest.held.generation != held.generation) {
-            return;
-        }
-        index.leases.remove(&held.lease);
-        if index.keys.get(&(scope, held.key)) == Some(&held.lease) {
-            index.keys.remove(&(scope, held.key));
+        let newest = index.leases.get(&held.lease).cloned();
+        if let Some(handle) = newest.filter(|newest| newest.held.generation == held.generation) {
+            debug_assert_eq!(handle.scope, scope, "a lease has one scope");
+            index.forget(&handle);
         }
     }
 

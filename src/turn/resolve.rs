@@ -262,6 +262,26 @@ fn refuse(reject: Reject, reason: &'static str) -> Resolution {
 /// Decides. The tests are the decision table, row by row.
 #[must_use]
 pub fn resolve(inputs: &Inputs) -> Resolution {
+    within_room(inputs, decide(inputs))
+}
+
+/// Where every session is busy, a request that brings everything goes without one, and only one that does not is refused.
+fn within_room(inputs: &Inputs, decided: Resolution) -> Resolution {
+    if !inputs.full || !matches!(decided.step, Step::Claim | Step::Fork | Step::Take) {
+        return decided;
+    }
+    match (inputs.continuity, inputs.row) {
+        (_, Row::Remote { forwardable: true })
+            if !inputs.forwarded && decided.step == Step::Take =>
+        {
+            to(Outcome::OwnerForward, "no_room", Step::Forward)
+        }
+        (Continuity::Optional, _) => to(Outcome::FreshStart, "no_room", Step::Detached),
+        (Continuity::Required { .. }, _) => refuse(Reject::Overloaded, "no_room"),
+    }
+}
+
+fn decide(inputs: &Inputs) -> Resolution {
     if inputs.evidence == Evidence::Invalid {
         return refuse(Reject::TokenInvalid, "invalid_token");
     }
@@ -337,9 +357,6 @@ fn optional(inputs: &Inputs) -> Resolution {
             to(Outcome::StaleRecovery, "owner_takes_no_turns", Step::Take)
         };
     }
-    if inputs.full {
-        return to(Outcome::FreshStart, "no_room", Step::Detached);
-    }
     match (inputs.evidence, inputs.row) {
         (Evidence::Token, Row::Dead) => to(Outcome::StaleRecovery, "owner_dead", Step::Claim),
         (Evidence::Token, Row::Free) => to(Outcome::StaleRecovery, "owner_free", Step::Claim),
@@ -377,9 +394,6 @@ fn required(inputs: &Inputs, snapshot: bool) -> Resolution {
         } else {
             refuse(Reject::ExpiredContinuity, "no_snapshot")
         };
-    }
-    if inputs.full {
-        return refuse(Reject::Overloaded, "no_room");
     }
     let reason = match inputs.row {
         Row::Dead => "owner_dead",

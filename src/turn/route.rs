@@ -5,6 +5,8 @@ mod look;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::time::sleep;
+
 use self::look::{Known, NoSession};
 use super::{
     Ask, Inner, Item, Running, Stop, Token,
@@ -25,6 +27,8 @@ use crate::{
 
 /// How often a decision may turn out to be out of date.
 const ROUNDS: usize = 6;
+/// Between two of them, doubled each time: what is in the way may be a statement on its way.
+const PAUSE: Duration = Duration::from_millis(10);
 /// How long the end of an abandoned turn is waited for.
 const HURRY: Duration = Duration::from_secs(1);
 
@@ -72,6 +76,8 @@ struct Router {
     hurried: bool,
     /// The owner was asked and refused, or the lease could not be taken for a socket.
     asked: bool,
+    /// The turn went to a peer that gave no answer.
+    sent: bool,
 }
 
 impl Router {
@@ -93,11 +99,15 @@ impl Router {
             again: false,
             hurried: false,
             asked: false,
+            sent: false,
         }
     }
 
     async fn route(mut self) {
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
+            if round > 1 {
+                sleep(PAUSE * (1 << round)).await;
+            }
             let known = match self.look().await {
                 Ok(known) => known,
                 // Its conversation may come back: it is given a name, which becomes a lease when it does.
@@ -189,7 +199,7 @@ impl Router {
             Some(lease) => engine.sessions.by_lease(self.scope, lease),
             None => engine.sessions.by_key(self.scope, key),
         };
-        if started.is_some() {
+        if started.is_some_and(|started| started.held.boot == me) {
             self.again = true;
             return Some(self);
         }
@@ -218,6 +228,11 @@ impl Router {
             self.again = true;
             return Some(self);
         };
+        let _turn = engine.sessions.claiming(self.scope, row.key).await;
+        if engine.sessions.by_lease(self.scope, row.lease).is_some() {
+            self.again = true;
+            return Some(self);
+        }
         // A row that was busy when it was read stays its owner's.
         let taken = if row.busy_turn.is_none() {
             match engine.within(engine.leases.take(me, self.scope, row)).await {
@@ -251,7 +266,8 @@ impl Router {
         let sent = if elsewhere && peers.is_some_and(|peers| peers.is_spared(&row.owner)) {
             hop::Sent::Silent
         } else {
-            hop::forward(&self.engine, &self.ask, &self.out, row).await
+            self.sent = true;
+            hop::forward(&self.engine, &mut self.ask, &self.out, row).await
         };
         match sent {
             hop::Sent::Served => {
@@ -283,6 +299,13 @@ impl Router {
 
     /// Postgres went away between two statements.
     async fn without_postgres(self) -> Option<Self> {
+        if self.sent {
+            // The owner may have begun it: only the ledger can tell.
+            let why = bridge(Outcome::MetadataUnavailable, "postgres_away");
+            let wait = Some(Duration::from_secs(1));
+            self.refuse(Reject::MetadataUnavailable, why, wait);
+            return None;
+        }
         let known = self.away(Evidence::None, None, None, false);
         let resolution = resolve(&known.inputs);
         Box::pin(self.take(known, resolution)).await
@@ -314,7 +337,8 @@ impl Router {
                 };
                 let mut back =
                     Self::new(&self.engine, job.ask, job.out, job.running, self.forwarded);
-                (back.again, back.hurried, back.asked) = (self.again, self.hurried, self.asked);
+                (back.again, back.hurried) = (self.again, self.hurried);
+                (back.asked, back.sent) = (self.asked, self.sent);
                 if full {
                     let why = bridge(Outcome::Overloaded, "queue_full");
                     back.refuse(Reject::Overloaded, why, Some(Duration::from_secs(1)));
@@ -332,10 +356,10 @@ impl Router {
         let seat = self.seat(lease, why);
         let mut carrier = Carrier::for_one(&self.engine.upstream);
         let ran = run::run(&self.engine, self.ask, &self.out, &mut carrier, seat).await;
-        debug_assert!(
-            matches!(ran, run::Ran::Ended),
-            "without a lease there is no fence"
-        );
+        if let run::Ran::Ended(mut ending) = ran {
+            ending.tell(&self.out);
+        }
+        drop(self.out);
         carrier.close().await;
         drop(self.running);
     }

@@ -8,12 +8,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::{sleep, timeout};
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 use bytes::Bytes;
 
 use super::{
-    Ask, Event, Inner, Item, Reject, Stop, Token, Transport, affinity::affinity, carrier::Carrier,
+    Ask, Event, Inner, Item, Reject, Stop, Token, Transport,
+    affinity::affinity,
+    carrier::{self, Carrier},
     relay::Sender,
 };
 use crate::{
@@ -39,6 +44,8 @@ const AFTERLIFE: Duration = Duration::from_secs(2);
 const PREFERENCE_TIME: Duration = Duration::from_secs(1);
 /// What a piece of output weighs in an estimate.
 const BYTES_OF_A_TOKEN: u64 = 4;
+/// How long it may take to note what became of an account.
+const NOTE_TIME: Duration = Duration::from_secs(2);
 /// A longer conversation is told again off the workers.
 const LARGE: usize = 1 << 20;
 /// Before the first repeat at the same account; doubled for the second.
@@ -61,14 +68,32 @@ pub(super) struct Seat {
 #[derive(Debug)]
 pub(super) enum Ran {
     /// It is over.
-    Ended,
-    /// It is over, and so is our ownership of its lease.
-    Lost,
+    Ended(Ending),
     /// It did not begin: the lease is not ours.
     Fenced(Box<Ask>, Seat),
 }
 
-/// Runs a turn to its end; unless it is fenced, it is settled once and one [`Item::End`] is sent, whatever happens.
+/// The end of a turn.
+#[derive(Debug, Default)]
+pub(super) struct Ending {
+    /// What the client still has to be sent: last, so that its next turn finds the session as this one leaves it.
+    last: Vec<Item>,
+    /// A statement about this turn that goes on in the background; until it has landed its lease is busy.
+    pub(super) booking: Option<JoinHandle<()>>,
+    /// The lease is no longer ours.
+    pub(super) lost: bool,
+}
+
+impl Ending {
+    /// Lets the client know.
+    pub(super) fn tell(&mut self, out: &Sender<Item>) {
+        for item in self.last.drain(..) {
+            out.last(item);
+        }
+    }
+}
+
+/// Runs a turn to its end; unless it is fenced, it is settled once and yields one [`Item::End`], whatever happens.
 pub(super) async fn run(
     engine: &Inner,
     ask: Box<Ask>,
@@ -78,8 +103,14 @@ pub(super) async fn run(
 ) -> Ran {
     let mut turn = Turn::new(engine, ask, out, seat);
     match turn.attempts(carrier).await {
-        Finish::Fenced => Ran::Fenced(turn.ask, turn.seat),
-        finish => turn.finish(finish, carrier).await,
+        Finish::Fenced => {
+            // Whoever serves it tells the conversation anew.
+            if let Some(history) = turn.history.take() {
+                turn.ask.request.body = history.body;
+            }
+            Ran::Fenced(turn.ask, turn.seat)
+        }
+        finish => Ran::Ended(turn.finish(finish, carrier).await),
     }
 }
 
@@ -93,6 +124,8 @@ struct Turn<'a> {
     open: Open<'a>,
     tried: Vec<AccountId>,
     tries: Tries,
+    /// What goes on about this turn in the background.
+    booking: Option<JoinHandle<()>>,
     /// Where the conversation's preference is kept.
     key: Option<sticky::Key>,
     /// What came before, where upstream has to be told all of it.
@@ -229,6 +262,7 @@ impl<'a> Turn<'a> {
             out,
             seat,
             open,
+            booking: None,
             history: None,
             capture: None,
             tried: Vec::new(),
@@ -246,7 +280,7 @@ impl<'a> Turn<'a> {
     async fn attempts(&mut self, carrier: &mut Carrier) -> Finish {
         // Upstream remembers one response per socket. Anything else it is told again.
         if let Some(id) = &self.ask.request.facts.previous_response_id
-            && !carrier.remembers(id)
+            && !(carrier.remembers(id) && carrier::fits(&self.ask))
             && let Err(stop) = self.recall().await
         {
             return Finish::Stop(stop);
@@ -263,7 +297,10 @@ impl<'a> Turn<'a> {
         let mut again = None;
         let mut last: Option<(Failure, Option<Told>)> = None;
         loop {
-            if last.is_some() && self.out.is_closed() {
+            if self.engine.cancel.is_cancelled() {
+                return Over::Stopped.into();
+            }
+            if self.out.is_closed() {
                 return Finish::Left;
             }
             let account = match again.take() {
@@ -364,7 +401,13 @@ impl<'a> Turn<'a> {
             return Ok(());
         };
         let scope = self.ask.caller.scope();
-        match self.engine.snapshots.chain(scope, id).await {
+        let chain = self.engine.snapshots.chain(scope, id);
+        let chain = match self.unless_over(chain).await {
+            Ok(chain) => chain,
+            // The client is gone, or the process ends: the turn ends as what it is.
+            Err(_) => return Err(Stop::Cancelled),
+        };
+        match chain {
             Ok(chain) => {
                 let body = self.ask.request.body.clone();
                 let chain = Arc::new(chain);
@@ -372,7 +415,7 @@ impl<'a> Turn<'a> {
                 Ok(())
             }
             Err(Missing::Incomplete) => Err(Stop::PreviousResponseNotFound),
-            Err(Missing::Unavailable(error)) => {
+            Err(error @ (Missing::Unavailable(_) | Missing::Late)) => {
                 tracing::warn!(%error, "a conversation cannot be read");
                 Err(Stop::Rejected(Reject::MetadataUnavailable, None))
             }
@@ -538,12 +581,14 @@ impl<'a> Turn<'a> {
         };
         let Some(generation) = generation else { return };
         let reason = failure.word();
-        if let Err(error) = self
+        let noting = self
             .engine
             .accounts
-            .set_lifecycle(account, lifecycle, reason, generation)
-            .await
-        {
+            .set_lifecycle(account, lifecycle, reason, generation);
+        let Ok(noted) = timeout(NOTE_TIME, noting).await else {
+            return tracing::warn!(account_id = %account, "cannot note in time that an account is out of service");
+        };
+        if let Err(error) = noted {
             tracing::warn!(account_id = %account, %error, "cannot note that an account is out of service");
         }
     }

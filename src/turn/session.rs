@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, watch},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -32,6 +32,10 @@ use crate::{
 /// Turns that may wait.
 const MAILBOX: usize = 8;
 
+/// How long the end of a session waits for its lease to be given back.
+const RELEASE_TIME: Duration = Duration::from_secs(2);
+/// How long the next turn waits for a statement about the one before, without which its lease is busy.
+const BOOKING_TIME: Duration = Duration::from_secs(5);
 /// How long an idle session is kept: one that a Codex client leads, and any other.
 const IDLE_HARD: Duration = Duration::from_secs(900);
 const IDLE_SOFT: Duration = Duration::from_secs(120);
@@ -146,17 +150,18 @@ impl Session {
         self.engine.sessions.remove(self.scope, &self.held);
         self.note(None);
         mailbox.close();
-        let leaving = self.carrier.close();
-        if !self.fenced
-            && let Err(error) = self.engine.leases.release(&self.held).await
-        {
-            tracing::debug!(lease_id = %self.held.lease, %error, "a lease is not given back; it is free when we are gone");
-        }
-        while let Ok(job) = mailbox.try_recv() {
+        // Also a job whose sender has its place already and has not put it there yet.
+        while let Some(job) = mailbox.recv().await {
             let _queued = Queued(Arc::clone(&self.queued));
             route::again(&self.engine, job);
         }
-        leaving.await;
+        if !self.fenced {
+            let released = timeout(RELEASE_TIME, self.engine.leases.release(&self.held)).await;
+            if !matches!(released, Ok(Ok(_))) {
+                tracing::debug!(lease_id = %self.held.lease, "a lease is not given back; it is free when we are gone");
+            }
+        }
+        self.carrier.close().await;
     }
 
     async fn next(&mut self, mailbox: &mut mpsc::Receiver<Job>) -> Step {
@@ -176,7 +181,7 @@ impl Session {
     }
 
     async fn run(&mut self, job: Job) {
-        let _queued = Queued(Arc::clone(&self.queued));
+        let queued = Queued(Arc::clone(&self.queued));
         let Job {
             ask,
             out,
@@ -192,8 +197,16 @@ impl Session {
             state.since = Instant::now();
         });
         match ran {
-            Ran::Ended => {}
-            Ran::Lost => self.fenced = true,
+            Ran::Ended(mut ending) => {
+                self.fenced = ending.lost;
+                // Before the client knows: its next turn may come at once.
+                drop(queued);
+                ending.tell(&out);
+                drop((out, running));
+                if let Some(booking) = ending.booking {
+                    drop(timeout(BOOKING_TIME, booking).await);
+                }
+            }
             Ran::Fenced(ask, seat) => {
                 self.fenced = true;
                 // Found before anything was sent: whoever owns the lease now may serve it.

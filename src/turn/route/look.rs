@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::Router;
 use crate::{
-    config,
+    config, db,
     ids::LeaseId,
     lease::{self, Owner},
     token,
@@ -57,10 +57,15 @@ impl Router {
             token::Token::UnknownKey => (Evidence::UnknownKey, None),
         };
         // What a client's socket rode before is as good as a token; where a peer saw the lease is where to look.
+        let own_key = key.is_some_and(|(_, strength)| strength == KeyStrength::Hard);
         if evidence == Evidence::None
+            && !own_key
             && let Some(line) = self.ask.line
         {
             (evidence, lease) = (Evidence::Token, Some(line));
+        }
+        if evidence == Evidence::None && key.is_none() && self.forwarded.is_some() {
+            evidence = Evidence::Token;
         }
         lease = lease.or(self.forwarded);
         let previous = facts.previous_response_id.as_deref();
@@ -97,6 +102,10 @@ impl Router {
                     None => return Ok(self.away(evidence, key, lease, socket)),
                 }
             }
+        }
+        if evidence == Evidence::Old && previous.is_none() && local.is_none() && key.is_some() {
+            // Too old to bring its conversation back; the key may have one.
+            lease = None;
         }
         if lease.is_none()
             && let Some((key, _)) = key
@@ -163,7 +172,7 @@ impl Router {
             None => Continuity::Optional,
             Some(_) => Continuity::Required { snapshot },
         };
-        let full = local.is_none() && !engine.sessions.make_room();
+        let full = engine.sessions.is_full();
         Ok(Known {
             key,
             lease,
@@ -236,14 +245,17 @@ fn row_state(engine: &Inner, row: Option<&lease::Row>) -> RowState {
 
 impl Inner {
     /// The answer of a statement; `None` when Postgres does not give one in time.
-    pub(super) async fn within<T, E: std::fmt::Display>(
+    pub(super) async fn within<T>(
         &self,
-        statement: impl Future<Output = Result<T, E>>,
+        statement: impl Future<Output = Result<T, db::Error>>,
     ) -> Option<T> {
         match tokio::time::timeout(STATEMENT, statement).await {
             Ok(Ok(value)) => Some(value),
             Ok(Err(error)) => {
                 tracing::warn!(%error, "continuity cannot be read");
+                if error.is_unavailable() {
+                    self.ledger.missed();
+                }
                 None
             }
             Err(_) => {

@@ -91,6 +91,10 @@ impl Turn<'_> {
             Ok(Err(failure)) => return Attempted::Failed(failure, None),
             Ok(Ok(())) => {}
         }
+        // Whoever left while the turn waited for its place pays for nothing.
+        if self.out.is_closed() {
+            return Attempted::Over(Over::Left);
+        }
         // From here on upstream may have it, unless it is certain that it has not.
         self.seen.phase = Phase::Sent;
         let sending = carrier.send(upstream, account, credential, &self.ask);
@@ -161,7 +165,8 @@ impl Turn<'_> {
                 }
             }
         };
-        ledger.clone().withdraw(&request, fence, &self.engine.tasks);
+        let withdrawing = ledger.clone().withdraw(&request, fence, &self.engine.tasks);
+        self.booking = Some(withdrawing);
         Err(over)
     }
 

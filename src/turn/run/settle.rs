@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::{Finish, Ran, Turn};
+use super::{Ending, Finish, Turn};
 use crate::{
     ledger::{self, Answer, Outcome, Settlement},
     protocol::event::{self, Kind},
@@ -19,7 +19,7 @@ const SETTLE_TIME: Duration = Duration::from_secs(2);
 
 impl Turn<'_> {
     /// Settles the turn, then lets the client know of its end.
-    pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) -> Ran {
+    pub(super) async fn finish(mut self, finish: Finish, carrier: &mut Carrier) -> Ending {
         let (outcome, status, reason, code) = match &finish {
             Finish::Done(told) if told.terminal.kind == Kind::Completed => {
                 (Outcome::Completed, 200, None, None)
@@ -68,7 +68,10 @@ impl Turn<'_> {
         };
         self.log(&answer, why);
         let (snapshot, next) = self.snapshot(&finish, response_id.as_deref()).await.unzip();
-        let mut ran = Ran::Ended;
+        let mut ending = Ending {
+            booking: self.booking.take(),
+            ..Ending::default()
+        };
         match self.open.turn.take() {
             None => self.engine.ledger.refuse(&self.ask.record(), &answer),
             Some(opened) => {
@@ -90,31 +93,29 @@ impl Turn<'_> {
                 match settled {
                     Ok(Ok(booked)) if !booked.lease => {
                         telemetry::fenced("finish");
-                        ran = Ran::Lost;
+                        ending.lost = true;
                     }
                     Ok(Ok(_)) => {}
-                    Ok(Err(_)) | Err(_) => self.engine.ledger.clone().settle_until_booked(
-                        opened,
-                        settlement,
-                        &self.engine.tasks,
-                    ),
+                    Ok(Err(_)) | Err(_) => {
+                        let (ledger, tasks) = (ledger.clone(), &self.engine.tasks);
+                        ending.booking =
+                            Some(ledger.settle_until_booked(opened, settlement, tasks));
+                    }
                 }
             }
         }
         if completed {
             carrier.completed(response_id.as_deref(), next);
         }
-        // The client may be gone; then nobody needs to know.
-        let end = match finish {
+        // A client that is gone need not know.
+        match finish {
             Finish::Done(told) => {
-                self.out.last(Item::Event(told.event));
-                End::Complete
+                ending.last = vec![Item::Event(told.event), Item::End(End::Complete)];
             }
-            Finish::Stop(stop) => End::Failed(Box::new(stop)),
-            Finish::Left | Finish::Fenced => return ran,
-        };
-        self.out.last(Item::End(end));
-        ran
+            Finish::Stop(stop) => ending.last = vec![Item::End(End::Failed(Box::new(stop)))],
+            Finish::Left | Finish::Fenced => {}
+        }
+        ending
     }
 
     /// The record of what this turn added, if it has an answer that may be continued, and what the next turn continues.
