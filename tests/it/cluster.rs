@@ -1,6 +1,7 @@
 //! Replicas behind a balancer without affinity behave like one that never restarts.
 #![expect(clippy::print_stdout, reason = "times are worth knowing")]
 
+mod cli;
 mod history;
 mod outages;
 mod partitions;

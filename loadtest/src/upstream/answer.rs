@@ -205,9 +205,9 @@ fn item(
                     .map_or_else(|| last["output"].to_string(), str::to_owned)
             )]
         }
-        _ if asked.contains("[tool]") => {
+        _ if let Some(command) = tool(&asked) => {
             let item = json!({ "id": format!("fc_{suffix}"), "type": "function_call", "status": "completed", "name": "exec_command",
-                "call_id": format!("call_{suffix}"), "arguments": json!({ "cmd": "echo drawbridge-tool" }).to_string() });
+                "call_id": format!("call_{suffix}"), "arguments": json!({ "cmd": command }).to_string() });
             return (item, Vec::new());
         }
         _ => {
@@ -241,6 +241,16 @@ fn text(out: &mut Writer, item: &Value, index: usize, words: &[String], together
     let whole = words.concat();
     out.event(json!({ "type": "response.output_text.done", "item_id": item["id"], "output_index": index, "content_index": 0, "text": whole }));
     out.event(json!({ "type": "response.content_part.done", "item_id": item["id"], "output_index": index, "content_index": 0, "part": part(&whole) }));
+}
+
+/// The command that a text asks for: `[tool COMMAND]`, or `[tool]` for a plain one.
+fn tool(asked: &str) -> Option<&str> {
+    let (_, rest) = asked.split_once("[tool")?;
+    let (command, _) = rest.split_once(']')?;
+    match command.trim() {
+        "" => Some("echo drawbridge-tool"),
+        command => Some(command),
+    }
 }
 
 /// The newest text of a user.

@@ -118,6 +118,7 @@ apps = false
             input,
             lines: BufReader::new(output).lines(),
             next_id: 0,
+            errors: Vec::new(),
         };
         server
             .call(
@@ -210,6 +211,8 @@ pub(crate) struct AppServer {
     input: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
     next_id: u64,
+    /// What its user was told that went wrong, reconnects included.
+    pub(crate) errors: Vec<Value>,
 }
 
 impl AppServer {
@@ -282,7 +285,13 @@ impl AppServer {
         let line = timeout(Duration::from_secs(60), self.lines.next_line())
             .await
             .expect("a line within 60 s");
-        serde_json::from_str(&line.unwrap().expect("the app server runs")).unwrap()
+        let message: Value =
+            serde_json::from_str(&line.unwrap().expect("the app server runs")).unwrap();
+        println!("DEBUG {}", message["method"]);
+        if let Some("error" | "warning") = message["method"].as_str() {
+            self.errors.push(message["params"].clone());
+        }
+        message
     }
 }
 
