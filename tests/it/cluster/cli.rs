@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use loadtest::upstream::{Fault, Kind, Stage};
+use loadtest::upstream::{Fault, Kind, Stage, State};
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::net::TcpStream;
 
 use crate::support::{
     cluster::{Cluster, Plan},
@@ -18,6 +20,8 @@ use crate::support::{
 enum End {
     Killed,
     Drained,
+    /// The next turn does not wait for its end.
+    Draining,
 }
 
 /// Two replicas, and a CLI that knows only their balancer.
@@ -39,17 +43,27 @@ impl End {
         match self {
             Self::Killed => cluster.kill(owner).await,
             Self::Drained => cluster.stop(owner).await,
+            Self::Draining => {
+                cluster.signal(owner, Signal::TERM);
+                cluster.replicas[owner].clients.set(Mode::Refuse);
+            }
         }
         owner
     }
 }
 
-/// The conversation so far was told to upstream as a whole, by one account; what upstream did is in the ledger, once, and closed.
-async fn in_order(cluster: &Cluster, said: &[&str]) {
+/// Upstream knows the conversation as a whole, by one account, and forgave everything; what it did is in the ledger, once, and closed.
+/// The CLI never fell back to its other wire.
+async fn in_order(cluster: &Cluster, wire: Wire, said: &[&str]) {
     cluster.booked().await;
     let (turns, attempts) = (cluster.turns().await, cluster.home.upstream.attempts());
     let (mut booked, mut seen) = (BTreeMap::<_, usize>::new(), BTreeMap::<_, usize>::new());
+    let transport = match wire {
+        Wire::Sse => "http",
+        Wire::WebSocket => "websocket",
+    };
     for turn in &turns {
+        assert_eq!(turn["transport"], transport, "{turn:#}");
         let client = turn["client_turn_id"].as_str().map(str::to_owned);
         *booked.entry(client).or_default() += turn["attempts"].as_array().unwrap().len();
     }
@@ -66,8 +80,10 @@ async fn in_order(cluster: &Cluster, said: &[&str]) {
             panic!("{id:?} is not booked once: {turns:#?}");
         };
         assert_eq!(turn["outcome"], "completed", "{turn:#}");
-        assert_eq!(turn["input_tokens"], usage.input, "{turn:#}");
-        assert_eq!(turn["output_tokens"], usage.output, "{turn:#}");
+        // Earlier attempts of it were cut, and are estimated.
+        let paid = &turn["attempts"].as_array().unwrap().last().unwrap()["usage"];
+        assert_eq!(paid["input"], usage.input, "{turn:#}");
+        assert_eq!(paid["output"], usage.output, "{turn:#}");
     }
     let last = attempts.last().unwrap();
     assert!(attempts.iter().all(|one| one.account == last.account));
@@ -89,6 +105,11 @@ async fn a_running_cli_notices_nothing_when_its_replica_is_drained_between_turns
     between_turns_of_one_process(End::Drained).await;
 }
 
+#[tokio::test]
+async fn a_running_cli_notices_nothing_when_its_replica_drains_as_a_turn_begins() {
+    between_turns_of_one_process(End::Draining).await;
+}
+
 async fn between_turns_of_one_process(end: End) {
     for wire in WIRES {
         let (mut cluster, codex) = meet(wire).await;
@@ -97,14 +118,18 @@ async fn between_turns_of_one_process(end: End) {
         answers(&mut server, &thread, "one").await;
         let first = end.comes(&mut cluster).await;
         answers(&mut server, &thread, "two").await;
-        assert_ne!(cluster.owner().await, first, "{wire:?}");
+        if matches!(end, End::Draining) {
+            cluster.stop(first).await;
+        } else {
+            assert_ne!(cluster.owner().await, first, "{wire:?}");
+        }
         cluster.serve(first).await;
         answers(&mut server, &thread, "three").await;
         end.comes(&mut cluster).await;
         answers(&mut server, &thread, "four").await;
         assert_eq!(server.errors, [Value::Null; 0], "{wire:?} {end:?}");
         let said = ["echo: one..", "echo: two..", "echo: three..", "\"four\""];
-        in_order(&cluster, &said).await;
+        in_order(&cluster, wire, &said).await;
     }
 }
 
@@ -137,43 +162,104 @@ async fn between_processes(end: End) {
         let answer = run.expect_answer();
         assert!(answer.contains("drawbridge-tool"), "{wire:?}: {answer}");
         assert_eq!(run.errors(), [""; 0], "{wire:?} {end:?}");
-        in_order(&cluster, &["echo: one..", "echo: two..", "please [tool]"]).await;
+        in_order(
+            &cluster,
+            wire,
+            &["echo: one..", "echo: two..", "please [tool]"],
+        )
+        .await;
     }
+}
+
+/// How a turn runs, and which of its replicas dies in its midst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    /// The only one.
+    Direct,
+    /// The owner, to which another one forwards.
+    Owner,
+    /// The one that forwards.
+    Entry,
 }
 
 #[tokio::test]
 async fn the_clis_own_retry_completes_a_turn_whose_replica_is_killed_before_anything_visible() {
-    in_mid_turn(Stage::AfterCreated).await;
+    for wire in WIRES {
+        in_mid_turn(wire, Death::Direct, Stage::AfterCreated).await;
+    }
 }
 
 #[tokio::test]
 async fn the_clis_own_retry_completes_a_turn_whose_replica_is_killed_in_mid_answer() {
-    in_mid_turn(Stage::Visible).await;
+    for wire in WIRES {
+        in_mid_turn(wire, Death::Direct, Stage::Visible).await;
+    }
 }
 
-async fn in_mid_turn(stage: Stage) {
-    for wire in WIRES {
-        let (mut cluster, codex) = meet(wire).await;
-        let mut server = codex.app_server().await;
-        let thread = server.thread(Path::new("/tmp")).await;
-        answers(&mut server, &thread, "one").await;
-        let silence = Fault::once(Kind::Silence(stage));
-        cluster.home.upstream.fault(silence);
-        let death = async {
-            let silent = |state: &loadtest::upstream::State| state.silent == 1;
-            cluster.home.upstream.wait("a silence", silent).await;
-            End::Killed.comes(&mut cluster).await
-        };
-        let ((), died) = tokio::join!(answers(&mut server, &thread, "two"), death);
-        println!("{wire:?} {stage:?}: the user saw {:?}", server.errors);
-        assert_ne!(cluster.owner().await, died, "{wire:?}");
-        cluster.serve(died).await;
-        answers(&mut server, &thread, "three").await;
-        in_order(&cluster, &["echo: one..", "echo: two..", "\"three\""]).await;
-        let turns = cluster.turns().await;
-        let lost = turns.iter().filter(|turn| turn["outcome"] == "lost");
-        assert_eq!(lost.count(), 1, "{wire:?}: {turns:#?}");
+#[tokio::test]
+async fn the_clis_own_retry_completes_a_forwarded_turn_whose_owner_is_killed() {
+    for stage in [Stage::AfterCreated, Stage::Visible] {
+        in_mid_turn(Wire::Sse, Death::Owner, stage).await;
     }
+}
+
+#[tokio::test]
+async fn the_clis_own_retry_completes_a_forwarded_turn_whose_entry_is_killed() {
+    for stage in [Stage::AfterCreated, Stage::Visible] {
+        in_mid_turn(Wire::Sse, Death::Entry, stage).await;
+    }
+}
+
+async fn in_mid_turn(wire: Wire, death: Death, stage: Stage) {
+    let (mut cluster, codex) = meet(wire).await;
+    let mut server = codex.app_server().await;
+    let thread = server.thread(Path::new("/tmp")).await;
+    answers(&mut server, &thread, "one").await;
+    let owner = cluster.owner().await;
+    let (entry, dies) = match death {
+        Death::Direct => (owner, owner),
+        Death::Owner => (1 - owner, owner),
+        Death::Entry => (1 - owner, 1 - owner),
+    };
+    steer(&cluster, entry).await;
+    cluster
+        .home
+        .upstream
+        .fault(Fault::once(Kind::Silence(stage)));
+    let dying = async {
+        let silent = |state: &State| state.silent == 1;
+        cluster.home.upstream.wait("a silence", silent).await;
+        assert_eq!(cluster.owner().await, owner, "{wire:?} {death:?}");
+        cluster.replicas[1 - dies].clients.set(Mode::Pass);
+        cluster.kill(dies).await;
+    };
+    tokio::join!(answers(&mut server, &thread, "two"), dying);
+    println!(
+        "{wire:?} {death:?} {stage:?}: the user saw {:?}",
+        server.errors
+    );
+    assert!(server.errors.iter().all(|error| error["willRetry"] == true));
+    assert_eq!(cluster.owner().await, 1 - dies, "{wire:?} {death:?}");
+    cluster.serve(dies).await;
+    answers(&mut server, &thread, "three").await;
+    let said = ["echo: one..", "echo: two..", "\"three\""];
+    in_order(&cluster, wire, &said).await;
+    // What the dead cannot book, the sweep does.
+    let turns = cluster.turns().await;
+    let lost = turns.iter().filter(|turn| turn["outcome"] == "lost");
+    let expected = usize::from(dies == owner);
+    assert_eq!(lost.count(), expected, "{wire:?} {death:?}: {turns:#?}");
+}
+
+/// Whatever the CLI says next comes to this replica.
+async fn steer(cluster: &Cluster, entry: usize) {
+    let other = &cluster.replicas[1 - entry].clients;
+    other.set(Mode::Refuse);
+    until("it refuses", async || {
+        TcpStream::connect(other.address).await.is_err()
+    })
+    .await;
+    other.cut();
 }
 
 /// A tool that runs until it is told to end, in a directory of its own.
@@ -208,9 +294,7 @@ async fn the_result_of_a_tool_reaches_its_conversation_through_the_other_replica
         let away = async {
             tool.began().await;
             let owner = cluster.owner().await;
-            let clients = &cluster.replicas[owner].clients;
-            clients.set(Mode::Refuse);
-            clients.cut();
+            steer(&cluster, 1 - owner).await;
             tool.end();
             owner
         };
@@ -218,10 +302,16 @@ async fn the_result_of_a_tool_reaches_its_conversation_through_the_other_replica
         let (run, owner) = tokio::join!(codex.exec(&prompt), away);
         let answer = run.expect_answer();
         assert!(answer.contains("tool said: "), "{wire:?}: {answer}");
-        println!("{wire:?}: the user saw {:?}", run.errors());
-        assert_eq!(cluster.owner().await, owner, "{wire:?}: it was forwarded");
-        assert_eq!(cluster.home.upstream.state().sockets, 1, "{wire:?}");
-        in_order(&cluster, &["function_call_output"]).await;
+        assert_eq!(run.errors(), [""; 0], "{wire:?}");
+        // A request is forwarded; a socket takes its conversation along.
+        let (stays, sockets) = match wire {
+            Wire::Sse => (true, 1),
+            Wire::WebSocket => (false, 2),
+        };
+        assert_eq!(cluster.owner().await == owner, stays, "{wire:?}");
+        let opened = cluster.home.upstream.state().sockets;
+        assert_eq!(opened, sockets, "{wire:?}");
+        in_order(&cluster, wire, &["function_call_output"]).await;
     }
 }
 
@@ -240,8 +330,8 @@ async fn the_result_of_a_tool_reaches_its_conversation_when_its_replica_was_kill
         let (run, died) = tokio::join!(codex.exec(&prompt), death);
         let answer = run.expect_answer();
         assert!(answer.contains("tool said: "), "{wire:?}: {answer}");
-        println!("{wire:?}: the user saw {:?}", run.errors());
+        assert_eq!(run.errors(), [""; 0], "{wire:?}");
         assert_ne!(cluster.owner().await, died, "{wire:?}");
-        in_order(&cluster, &["function_call_output"]).await;
+        in_order(&cluster, wire, &["function_call_output"]).await;
     }
 }

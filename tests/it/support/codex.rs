@@ -287,7 +287,6 @@ impl AppServer {
             .expect("a line within 60 s");
         let message: Value =
             serde_json::from_str(&line.unwrap().expect("the app server runs")).unwrap();
-        println!("DEBUG {}", message["method"]);
         if let Some("error" | "warning") = message["method"].as_str() {
             self.errors.push(message["params"].clone());
         }
