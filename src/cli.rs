@@ -7,7 +7,9 @@
 )]
 
 mod accounts;
+mod explain;
 mod keys;
+mod leases;
 mod replicas;
 
 use std::{fmt, path::Path, process::ExitCode};
@@ -20,6 +22,7 @@ use crate::{
     bus::Redis,
     config::{self, Config, Database, MasterKeys, Settings},
     db::{Db, Endpoint, Installation, OpenError, embedded::Cluster, migrate},
+    ids::TurnId,
     replica::Timing,
     secret::KeyRing,
     server, telemetry,
@@ -54,6 +57,14 @@ enum Command {
     /// The processes that share the pool
     #[command(subcommand)]
     Replicas(replicas::ReplicasCommand),
+    /// Who may continue which conversation
+    #[command(subcommand)]
+    Leases(leases::LeasesCommand),
+    /// What became of a turn, and why
+    Explain {
+        /// The id of a turn or of a request, as the log has it
+        id: TurnId,
+    },
     /// Bring the database schema up to date
     Migrate,
     /// Check the settings and print them
@@ -145,6 +156,18 @@ impl Cli {
                 let timing = Timing::FULL.scaled(config.time_scale);
                 with_context(&config, self.json, async |context| {
                     replicas::run(command, timing, context).await
+                })
+                .await?;
+            }
+            Command::Leases(command) => {
+                with_context(&config, self.json, async |context| {
+                    leases::run(command, context).await
+                })
+                .await?;
+            }
+            Command::Explain { id } => {
+                with_context(&config, self.json, async |context| {
+                    explain::run(id, context).await
                 })
                 .await?;
             }

@@ -11,6 +11,7 @@ mod attempt;
 mod late;
 mod log;
 pub mod price;
+mod record;
 mod store;
 mod sweep;
 mod turn;
@@ -25,6 +26,8 @@ use tokio::{
 
 pub use self::{
     attempt::{Attempt, End, Metered, Totals, Try},
+    log::Entry,
+    record::{Record, Turn, record},
     store::STATEMENTS,
     sweep::{Reconciliation, Side},
     turn::{
@@ -34,7 +37,7 @@ pub use self::{
 };
 use self::{
     late::{Away, Late},
-    log::{Entry, RequestLog},
+    log::RequestLog,
 };
 use crate::{
     db::{Class, Db, Error},

@@ -11,7 +11,7 @@ use std::{
 };
 
 use jiff::{Timestamp, civil::Date, tz::TimeZone};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -35,35 +35,36 @@ const BATCH: usize = 500;
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// One row; the fields are its columns.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Entry {
-    pub(super) day: Date,
-    pub(super) turn_id: TurnId,
-    pub(super) request_id: TurnId,
-    pub(super) scope_id: ScopeId,
-    pub(super) api_key_id: Option<ApiKeyId>,
-    pub(super) account_id: Option<AccountId>,
-    pub(super) route: Cow<'static, str>,
-    pub(super) transport: Cow<'static, str>,
-    pub(super) model: Option<String>,
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the columns, which the migration explains")]
+pub struct Entry {
+    pub day: Date,
+    pub turn_id: TurnId,
+    pub request_id: TurnId,
+    pub scope_id: ScopeId,
+    pub api_key_id: Option<ApiKeyId>,
+    pub account_id: Option<AccountId>,
+    pub route: Cow<'static, str>,
+    pub transport: Cow<'static, str>,
+    pub model: Option<String>,
     /// `None` where the process died with the answer.
-    pub(super) status: Option<u16>,
-    pub(super) outcome: Cow<'static, str>,
-    pub(super) reason: Option<Cow<'static, str>>,
-    pub(super) bridge_outcome: Option<Cow<'static, str>>,
-    pub(super) bridge_reason: Option<Cow<'static, str>>,
-    pub(super) error_code: Option<String>,
-    pub(super) attempts: i32,
-    pub(super) input_tokens: i64,
-    pub(super) cached_input_tokens: i64,
-    pub(super) output_tokens: i64,
-    pub(super) reasoning_tokens: i64,
-    pub(super) cost_nanodollars: Option<i64>,
-    pub(super) estimated: bool,
-    pub(super) first_event_ms: Option<i32>,
-    pub(super) total_ms: i32,
-    pub(super) user_agent: Option<String>,
-    pub(super) explanation: Option<Value>,
+    pub status: Option<u16>,
+    pub outcome: Cow<'static, str>,
+    pub reason: Option<Cow<'static, str>>,
+    pub bridge_outcome: Option<Cow<'static, str>>,
+    pub bridge_reason: Option<Cow<'static, str>>,
+    pub error_code: Option<String>,
+    pub attempts: i32,
+    pub input_tokens: i64,
+    pub cached_input_tokens: i64,
+    pub output_tokens: i64,
+    pub reasoning_tokens: i64,
+    pub cost_nanodollars: Option<i64>,
+    pub estimated: bool,
+    pub first_event_ms: Option<i32>,
+    pub total_ms: i32,
+    pub user_agent: Option<String>,
+    pub explanation: Option<Value>,
 }
 
 impl Entry {

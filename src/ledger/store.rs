@@ -6,7 +6,8 @@ use tokio_postgres::{Row, types::Json};
 
 use super::{
     attempt::{Attempt, millis},
-    log::Entry,
+    log::{Entry, day},
+    record::Record,
     sweep::{Found, Lost, Range, Reconciliation, Side},
     turn::{Booked, Fence, NotOpened, Opened, Opening, Settlement},
 };
@@ -203,6 +204,18 @@ statements! { "ledger";
             union select turn_id from (select * from logged except select * from booked) l
         )
         select *, array(select turn_id from one_sided limit 100) from summed";
+
+    /// For people. A request is logged under the day of its turn, which began on the same day or, if it is a retry, the day before.
+    RECORD: [UUID, DATE] = "
+        with found as (
+            select turn_id from turns where turn_id = $1 or request_id = $1
+            union select turn_id from request_log where day between $2 - 1 and $2 and (turn_id = $1 or request_id = $1)
+        )
+        select jsonb_build_object(
+            'turn', (select to_jsonb(t) from turns t where t.turn_id = found.turn_id),
+            'requests', (select coalesce(jsonb_agg(to_jsonb(l) order by l.request_id), '[]') from request_log l
+                where l.turn_id = found.turn_id and l.day between $2 - 1 and $2))
+        from found limit 1";
 
     /// The transaction-level lock lasts as long as the statement: one replica at a time deletes.
     PRUNE: [INT4, INT4, INT4, INT8] = "
@@ -463,6 +476,15 @@ pub(super) async fn prune(db: &Db, days: i32, limit: i64) -> Result<u64, Error> 
         &[&(LockClass::Job as i32), &REQUEST_LOG, &days, &limit],
     )
     .await
+}
+
+pub(super) async fn record(db: &Db, id: TurnId) -> Result<Option<Record>, Error> {
+    let row = db.opt(&RECORD, &[&id, &day(id)]).await?;
+    row.map(|row| {
+        let Json(record) = row.try_get(0)?;
+        Ok(record)
+    })
+    .transpose()
 }
 
 /// Text of others as a column takes it: without NUL, and not longer than `most` bytes.

@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod tests;
+pub mod words;
 
 /// What the request brings to name its conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -303,3 +303,26 @@ fn a_session_is_used_only_under_its_own_lease() {
         }
     }
 }
+
+#[test]
+fn every_outcome_and_every_reason_has_plain_words() {
+    let decided = every_input();
+    let silent = decided
+        .iter()
+        .flat_map(|inputs| [None, Some(false)].map(|taken| owner_silent(inputs, taken)));
+    for resolution in decided.iter().map(resolve).chain(silent) {
+        assert!(
+            words::outcome(resolution.outcome.as_str()).is_some(),
+            "{resolution:?}"
+        );
+        assert!(words::reason(resolution.reason).is_some(), "{resolution:?}");
+    }
+    // What the router finds by itself.
+    let router = include_str!("../route.rs");
+    let reasons = router.split("bridge(Outcome::").skip(1);
+    let reasons: Vec<&str> = reasons.filter_map(|call| call.split('"').nth(1)).collect();
+    assert!(reasons.len() >= 5, "{reasons:?}");
+    for reason in reasons {
+        assert!(words::reason(reason).is_some(), "{reason}");
+    }
+}
