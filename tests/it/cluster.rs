@@ -2,6 +2,7 @@
 #![expect(clippy::print_stdout, reason = "times are worth knowing")]
 
 mod cli;
+mod commands;
 mod history;
 mod outages;
 mod partitions;

@@ -1,0 +1,130 @@
+//! What an operator can ask and do about conversations, beside replicas that run.
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    cluster::{Answer, Cluster, Plan, script},
+    wait::until,
+};
+
+#[tokio::test]
+async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
+    let cluster = Cluster::start(Plan::default()).await;
+    let post = |replica, body: &Value| cluster.post_at(replica, "/v1/responses").json(body);
+    let first = post(0, &script("one", false)).send().await.unwrap();
+    let first = Answer::of(first).await;
+    let mut body = script("two", false);
+    body["previous_response_id"] = first.id().into();
+    let second = Answer::of(post(1, &body).send().await.unwrap()).await;
+    assert_eq!(second.status, 200, "{second:#?}");
+    body["previous_response_id"] = "resp_nobody".into();
+    let refused = Answer::of(post(1, &body).send().await.unwrap()).await;
+    assert_eq!(refused.status, 400, "{refused:#?}");
+
+    let mut logged = Vec::new();
+    until("the requests are logged", async || {
+        let query = "select request_id::text from request_log order by request_id";
+        let rows = cluster.client.query(query, &[]).await.unwrap();
+        logged = rows.iter().map(|row| row.get::<_, String>(0)).collect();
+        logged.len() == 3
+    })
+    .await;
+    let told = cluster.home.json(&["explain", &logged[1]]).await;
+    let attempt = &told["turn"]["attempts"][0];
+    assert_eq!(told["turn"]["response_id"], second.id(), "{told:#}");
+    assert_eq!(attempt["class"], "completed");
+    assert_eq!(told["requests"][0]["bridge_outcome"], "live_alias_reuse");
+    assert_eq!(
+        told["requests"][0]["explanation"]["chosen"]["account"],
+        attempt["account_id"]
+    );
+    assert_eq!(told["lease"]["owner"], "r0");
+    assert_eq!(told["snapshot"], "kept");
+    let text = cluster.home.ok(&["explain", &logged[1]]).await;
+    for part in [
+        "/v1/responses over http, model gpt-5.5",
+        "completed with 200",
+        "it went on in the session that this replica had open",
+        "alice: 1 of 1 accounts could serve it",
+        "alice over websocket: completed",
+        "unchanged since; r0",
+        "kept: ",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+
+    let told = cluster.home.json(&["explain", &logged[2]]).await;
+    assert_eq!(told["turn"], Value::Null);
+    assert_eq!(
+        told["requests"][0]["error_code"],
+        "previous_response_not_found"
+    );
+    let text = cluster.home.ok(&["explain", &logged[2]]).await;
+    assert!(
+        text.contains("refused: nobody knows the response"),
+        "{text}"
+    );
+
+    let unknown = "019a0000-0000-7000-8000-000000000001";
+    let said = cluster.home.run(&["explain", unknown]).await;
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.err.contains(unknown) && said.out.is_empty(),
+        "{}",
+        said.err
+    );
+}
+
+#[tokio::test]
+async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on_elsewhere() {
+    let cluster = Cluster::start(Plan::default()).await;
+    let first = cluster
+        .post_at(0, "/v1/responses")
+        .json(&script("one", false));
+    let first = Answer::of(first.send().await.unwrap()).await;
+    let listed = cluster.home.json(&["leases", "list"]).await;
+    let [lease] = &listed.as_array().unwrap()[..] else {
+        panic!("{listed:#}")
+    };
+    let id = lease["lease_id"].as_str().unwrap();
+    assert_eq!(
+        (&lease["owner"], &lease["owner_state"]),
+        (&json!("r0"), &json!("alive"))
+    );
+    assert_eq!(cluster.home.json(&["leases", "show", id]).await, *lease);
+    let shown = cluster.home.ok(&["leases", "show", id]).await;
+    assert!(
+        shown.contains("r0 (") && shown.contains(first.id()),
+        "{shown}"
+    );
+    let table = cluster.home.ok(&["leases", "list"]).await;
+    assert!(table.starts_with("LEASE") && table.contains(id), "{table}");
+
+    let said = cluster.home.ok(&["leases", "release", id]).await;
+    assert!(
+        said.contains("is free") && said.contains("r0 is fenced"),
+        "{said}"
+    );
+    let freed = cluster.home.json(&["leases", "show", id]).await;
+    assert_eq!(freed["owner_state"], "free");
+    assert_ne!(freed["generation"], lease["generation"]);
+    let again = cluster.home.ok(&["leases", "release", id]).await;
+    assert!(again.contains("free already"), "{again}");
+
+    let mut body = script("two", false);
+    body["previous_response_id"] = first.id().into();
+    let second = cluster.post_at(1, "/v1/responses").json(&body);
+    let second = Answer::of(second.send().await.unwrap()).await;
+    assert_eq!(second.status, 200, "{second:#?}");
+    let taken = cluster.home.json(&["leases", "show", id]).await;
+    assert_eq!(taken["owner"], "r1");
+
+    for command in ["show", "release"] {
+        let said = cluster
+            .home
+            .run(&["leases", command, "019a0000-0000-4000-8000-000000000001"])
+            .await;
+        assert_eq!(said.code, Some(1), "{command}: {}", said.err);
+        assert!(said.err.contains("no lease 019a0000"), "{}", said.err);
+    }
+}
