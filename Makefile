@@ -9,7 +9,7 @@ run:
 	@scripts/install-tools postgres
 	$(CARGO) run --quiet --release --bin drawbridge -- serve
 
-## demo: a fake upstream, three accounts and traffic to look at
+## demo: a fake upstream, two replicas, three accounts and traffic to look at
 demo:
 	@scripts/install-tools postgres
 	$(CARGO) build --quiet --release --workspace

@@ -1,11 +1,13 @@
-//! Something to look at without an account of one's own: a fake upstream, Drawbridge before it, three accounts and light traffic.
+//! Something to look at without an account of one's own: a fake upstream, two replicas of Drawbridge before it, three accounts and light
+//! traffic that knows no affinity.
 //!
-//! One account runs into its limit after a while and another one's token expires; the conversations go on. Nothing outlives the demo.
+//! One account runs into its limit after a while and another one's token expires; the conversations go on. So does one that asks the
+//! replicas in turn and names nothing but the response before. Nothing outlives the demo.
 
 use std::{fmt::Write as _, path::Path, time::Duration};
 
 use anyhow::Context as _;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::{
@@ -22,17 +24,21 @@ use crate::{
 /// If something does not start or stops.
 pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
     let dir = RunDir::make("demo")?;
-    say("starting a fake upstream and Drawbridge on an embedded database ..");
+    say("starting a fake upstream and two replicas of Drawbridge on one embedded database ..");
     let fake = Fake::start(dir.path(), &["--deltas", "30", "--percent-per-turn", "0.5"]).await?;
-    let mut drawbridge = Drawbridge::start(binary, dir.path(), &fake).await?;
+    let mut drawbridge = Drawbridge::replica(binary, dir.path(), &fake, "one").await?;
+    let mut other = Drawbridge::replica(binary, dir.path(), &fake, "two").await?;
     drawbridge.import(&fake, &["alice", "bob", "carol"]).await?;
     let key = drawbridge.key("demo").await?;
-    say(&introduction(&drawbridge, binary, &key));
+    say(&introduction(&drawbridge, &other, binary, &key));
 
     let traffic = async {
         tokio::try_join!(
-            converse(&drawbridge, &key, Transport::Sse, 3),
-            converse(&drawbridge, &key, Transport::Ws, 2),
+            converse(&drawbridge, &key, Transport::Sse, 2),
+            converse(&other, &key, Transport::Sse, 1),
+            converse(&drawbridge, &key, Transport::Ws, 1),
+            converse(&other, &key, Transport::Ws, 1),
+            wander([&drawbridge, &other], &key),
             misfortunes(&fake)
         )
     };
@@ -49,7 +55,7 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
                 },
                 None => drop(ticks.tick().await),
             }
-            say(&picture(&drawbridge, &fake, &key).await?);
+            say(&picture([&drawbridge, &other], &fake, &key).await?);
         }
     };
     let ended = tokio::select! {
@@ -57,6 +63,7 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
         ended = traffic => ended.map(drop),
     };
     drawbridge.alive()?;
+    other.alive()?;
     ended
 }
 
@@ -87,6 +94,34 @@ async fn converse(
     }
 }
 
+/// One conversation after the other, each of whose turns asks the next replica and names nothing but the response before.
+async fn wander(replicas: [&Drawbridge; 2], key: &str) -> anyhow::Result<()> {
+    let client = client()?;
+    let mut previous = Value::Null;
+    for turn in 0_usize.. {
+        sleep(Duration::from_millis(1500)).await;
+        if turn % 6 == 0 {
+            previous = Value::Null;
+        }
+        let body = json!({"model": "gpt-5.5", "input": format!("question {turn}"), "previous_response_id": previous});
+        let answer = client
+            .post(format!("{}/v1/responses", replicas[turn % 2].origin()))
+            .bearer_auth(key)
+            .json(&body)
+            .send()
+            .await?;
+        let status = answer.status();
+        let answer: Value = answer.json().await?;
+        if status.is_success() {
+            previous = answer["id"].clone();
+        } else {
+            say(&format!("  a wandering client saw: {status} {answer}"));
+            previous = Value::Null;
+        }
+    }
+    Ok(())
+}
+
 /// What happens to real accounts, in the same order every time.
 async fn misfortunes(fake: &Fake) -> anyhow::Result<()> {
     loop {
@@ -101,8 +136,8 @@ async fn misfortunes(fake: &Fake) -> anyhow::Result<()> {
     }
 }
 
-fn introduction(drawbridge: &Drawbridge, binary: &Path, key: &str) -> String {
-    let origin = drawbridge.origin();
+fn introduction(drawbridge: &Drawbridge, other: &Drawbridge, binary: &Path, key: &str) -> String {
+    let (origin, second) = (drawbridge.origin(), other.origin());
     let binary = binary.canonicalize().unwrap_or_else(|_| binary.to_owned());
     let settings: Vec<String> = drawbridge
         .settings()
@@ -111,7 +146,7 @@ fn introduction(drawbridge: &Drawbridge, binary: &Path, key: &str) -> String {
         .collect();
     format!(
         r#"
-Drawbridge listens on {origin}; a client key is {key}
+The replicas listen on {origin} and {second}; a client key is {key}
 
 Try in another terminal:
 
@@ -123,7 +158,7 @@ Try in another terminal:
     'say something, and then [tool]'
 
   env {} \
-    {} accounts list
+    {} leases list          # or accounts list, replicas list, explain ID
 
 Ctrl-C ends it.
 "#,
@@ -132,8 +167,9 @@ Ctrl-C ends it.
     )
 }
 
-/// The accounts as Drawbridge sees them, beside what the fake has counted, and the sums.
-async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Result<String> {
+/// The accounts as Drawbridge sees them, beside what the fake has counted, and the sums over both replicas.
+async fn picture(replicas: [&Drawbridge; 2], fake: &Fake, key: &str) -> anyhow::Result<String> {
+    let [drawbridge, _] = replicas;
     let listed = drawbridge
         .cli(&["accounts", "list", "--json"], None)
         .await?;
@@ -146,12 +182,11 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         .await?
         .json()
         .await?;
-    let metrics = client
-        .get(format!("{}/metrics", drawbridge.admin()))
-        .send()
-        .await?
-        .text()
-        .await?;
+    let mut metrics = String::new();
+    for replica in replicas {
+        let page = client.get(format!("{}/metrics", replica.admin())).send();
+        metrics += &page.await?.text().await?;
+    }
     let paid = fake.paid().await?;
 
     let mut text = format!(
@@ -191,5 +226,9 @@ async fn picture(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Res
         sum("drawbridge_turns_total"),
         sum("drawbridge_attempt_failures_total")
     );
+    text.push_str("\nhow conversations went on:");
+    for (outcome, times) in drawbridge.outcomes().await? {
+        let _infallible = write!(text, " {outcome} {times}");
+    }
     Ok(text)
 }

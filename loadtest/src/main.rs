@@ -54,7 +54,7 @@ enum Command {
         #[arg(long, default_value = "loadtest/results/bench.json")]
         out: PathBuf,
     },
-    /// Three accounts, traffic, and a view of both, until Ctrl-C
+    /// Two replicas, three accounts, traffic, and a view of it all, until Ctrl-C
     Demo {
         /// Binary of Drawbridge
         #[arg(long)]

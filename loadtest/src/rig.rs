@@ -139,6 +139,7 @@ impl Fake {
 pub struct Drawbridge {
     daemon: Daemon,
     binary: PathBuf,
+    data: PathBuf,
     settings: Vec<(&'static str, String)>,
     listen: String,
     admin: String,
@@ -150,18 +151,32 @@ impl Drawbridge {
     /// # Errors
     /// If it does not get ready.
     pub async fn start(binary: &Path, dir: &Path, fake: &Fake) -> anyhow::Result<Self> {
+        Self::replica(binary, dir, fake, "drawbridge").await
+    }
+
+    /// The same as one of several replicas: those of one `dir` share the database, and send turns to each other.
+    ///
+    /// # Errors
+    /// If it does not get ready.
+    pub async fn replica(
+        binary: &Path,
+        dir: &Path,
+        fake: &Fake,
+        name: &str,
+    ) -> anyhow::Result<Self> {
         let binary = binary
             .canonicalize()
             .with_context(|| format!("{} is not there", binary.display()))?;
         let listen = format!("127.0.0.1:{}", free_port()?);
         let admin = format!("127.0.0.1:{}", free_port()?);
+        let internal = format!("127.0.0.1:{}", free_port()?);
+        let data = dir.join("data");
         let settings = vec![
+            ("DRAWBRIDGE_REPLICA_NAME", name.to_owned()),
             ("DRAWBRIDGE_LISTEN", listen.clone()),
+            ("DRAWBRIDGE_INTERNAL_LISTEN", internal),
             ("DRAWBRIDGE_ADMIN_LISTEN", admin.clone()),
-            (
-                "DRAWBRIDGE_DATA_DIR",
-                dir.join("data").display().to_string(),
-            ),
+            ("DRAWBRIDGE_DATA_DIR", data.display().to_string()),
             (
                 "DRAWBRIDGE_UPSTREAM_URL",
                 format!("{}/backend-api", fake.origin()),
@@ -175,13 +190,14 @@ impl Drawbridge {
         command
             .arg("serve")
             .envs(settings.iter().map(|(name, value)| (name, value)));
-        let mut daemon = Daemon::start(command, dir.join("drawbridge.log"))?;
+        let mut daemon = Daemon::start(command, dir.join(format!("{name}.log")))?;
         answers(&client()?, &format!("http://{admin}/readyz"), &mut daemon)
             .await
             .context("drawbridge serve")?;
         Ok(Self {
             daemon,
             binary,
+            data,
             settings,
             listen,
             admin,
@@ -218,6 +234,29 @@ impl Drawbridge {
     /// If not.
     pub fn alive(&mut self) -> anyhow::Result<()> {
         self.daemon.alive().context("drawbridge serve")
+    }
+
+    /// How conversations were continued, by the request log: outcomes and how often, the most frequent first.
+    ///
+    /// # Errors
+    /// If the embedded database does not answer.
+    pub async fn outcomes(&self) -> anyhow::Result<Vec<(String, i64)>> {
+        let mut config = tokio_postgres::Config::new();
+        config
+            .host_path(self.data.canonicalize()?.join("postgres"))
+            .user("drawbridge")
+            .dbname("drawbridge");
+        let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+        // Ends with the client.
+        tokio::spawn(connection);
+        let query =
+            "select bridge_outcome, count(*) from request_log where bridge_outcome is not null
+            group by 1 order by 2 desc, 1";
+        let rows = client.query(query, &[]).await?;
+        let outcomes = rows
+            .iter()
+            .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+        outcomes.collect()
     }
 
     /// Runs a command beside the service; yields its output.
