@@ -96,11 +96,12 @@ async fn converse(
 
 /// One conversation after the other, each of whose turns asks the next replica and names nothing but the response before.
 async fn wander(replicas: [&Drawbridge; 2], key: &str) -> anyhow::Result<()> {
+    const TURNS: usize = 4;
     let client = client()?;
     let mut previous = Value::Null;
     for turn in 0_usize.. {
-        sleep(Duration::from_millis(1500)).await;
-        if turn % 6 == 0 {
+        sleep(Duration::from_secs(1)).await;
+        if turn % TURNS == 0 {
             previous = Value::Null;
         }
         let body = json!({"model": "gpt-5.5", "input": format!("question {turn}"), "previous_response_id": previous});
@@ -113,6 +114,11 @@ async fn wander(replicas: [&Drawbridge; 2], key: &str) -> anyhow::Result<()> {
         let status = answer.status();
         let answer: Value = answer.json().await?;
         if status.is_success() {
+            if turn % TURNS == TURNS - 1 && !previous.is_null() {
+                say(
+                    "  * a conversation that names nothing but its last response went on over both replicas",
+                );
+            }
             previous = answer["id"].clone();
         } else {
             say(&format!("  a wandering client saw: {status} {answer}"));

@@ -76,7 +76,7 @@ async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
 }
 
 #[tokio::test]
-async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on_elsewhere() {
+async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
     let cluster = Cluster::start(Plan::default()).await;
     let first = cluster
         .post_at(0, "/v1/responses")
@@ -118,6 +118,27 @@ async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on_elsewher
     assert_eq!(second.status, 200, "{second:#?}");
     let taken = cluster.home.json(&["leases", "show", id]).await;
     assert_eq!(taken["owner"], "r1");
+
+    // An owner that finds itself fenced begins nothing, claims the lease again, and holds nothing against the account.
+    cluster.home.ok(&["leases", "release", id]).await;
+    body["previous_response_id"] = second.id().into();
+    let third = cluster.post_at(1, "/v1/responses").json(&body);
+    let third = Answer::of(third.send().await.unwrap()).await;
+    assert_eq!(third.status, 200, "{third:#?}");
+    cluster.booked().await;
+    let turns = cluster.turns().await;
+    assert_eq!(turns.len(), 3);
+    let turn = turns[2]["turn_id"].as_str().unwrap();
+    until("the turn is logged", async || {
+        let told = cluster.home.json(&["explain", turn]).await;
+        let explained = told["requests"].as_array().unwrap().first();
+        explained.is_some_and(|request| {
+            assert_eq!(request["explanation"]["eligible"], 1, "{told:#}");
+            assert_eq!(request["explanation"]["penalised"], Value::Null, "{told:#}");
+            true
+        })
+    })
+    .await;
 
     for command in ["show", "release"] {
         let said = cluster
