@@ -19,7 +19,6 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use memchr::memchr;
 
 pub use client::Client;
 use client::TURN_STATE;
@@ -120,14 +119,13 @@ pub fn read(body: Bytes, shape: Shape) -> Result<Request, Invalid> {
 }
 
 fn parse(text: &str) -> Result<Container<'_>, Invalid> {
-    Container::object(text).map_err(|error| {
-        Invalid::json(if error.is_data() {
-            "The request body must be a JSON object.".to_owned()
-        } else {
-            let (line, column) = (error.line(), error.column());
-            format!("The request body is not valid JSON: line {line}, column {column}.")
-        })
-    })
+    splice::check(text).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        Invalid::json(format!(
+            "The request body is not valid JSON: line {line}, column {column}."
+        ))
+    })?;
+    Container::object(text).map_err(|_| Invalid::json("The request body must be a JSON object."))
 }
 
 /// What `serde_json` takes; a deeper body could not be read by others either.
@@ -136,27 +134,21 @@ const DEPTH: usize = 127;
 /// How deep valid JSON is nested.
 fn depth(mut json: &[u8]) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);
-    while let Some((byte, rest)) = json.split_first() {
-        json = rest;
+    while let Some(byte) = json.first() {
         match byte {
             b'{' | b'[' => {
                 depth += 1;
                 deepest = deepest.max(depth);
             }
             b'}' | b']' => depth = depth.saturating_sub(1),
-            b'"' => {
-                // Escapes are many and quotes are few: what matters is how many backslashes stand before a quote.
-                while let Some(at) = memchr(b'"', json) {
-                    let (before, quote) = json.split_at(at);
-                    let slashes = before.iter().rev().take_while(|byte| **byte == b'\\');
-                    json = &quote[1..];
-                    if slashes.count() % 2 == 0 {
-                        break;
-                    }
-                }
-            }
             _ => {}
         }
+        let length = if *byte == b'"' {
+            splice::quoted_length(json)
+        } else {
+            1
+        };
+        json = &json[length..];
     }
     deepest
 }

@@ -3,13 +3,12 @@
 //! A [`Container`] is one level of an object or an array: its members borrow from the text, and what lies deeper is
 //! skipped. Members are replaced, dropped and added by splices over the original bytes.
 //!
-//! Invariant: the bytes of a member that is not edited survive exactly, and so do the order and the spacing.
+//! Texts were [`check`]ed once, as a whole; after that reading is little more than a search for quotes. Invariant: the bytes of a member that is not edited survive exactly, and so do the order and the spacing.
 
 use std::borrow::Cow;
-use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
+use memchr::memchr;
+use serde::de::IgnoredAny;
 
 /// A JSON string; borrowed where nothing in it is escaped.
 #[derive(serde::Deserialize)]
@@ -40,6 +39,20 @@ struct Member<'a> {
     edit: Edit,
 }
 
+impl<'a> Member<'a> {
+    fn element(value: &'a str) -> Self {
+        Self {
+            key: Cow::Borrowed(""),
+            value,
+            edit: Edit::Keep,
+        }
+    }
+}
+
+/// The text is JSON, but not of the kind that was asked for.
+#[derive(Debug)]
+pub(super) struct Otherwise;
+
 /// One level of an object or an array, and the edits to it.
 #[derive(Debug)]
 pub(super) struct Container<'a> {
@@ -49,49 +62,48 @@ pub(super) struct Container<'a> {
 }
 
 impl<'a> Container<'a> {
-    /// Reads an object.
+    /// Reads an object; `text` is valid JSON, as below.
     ///
     /// # Errors
-    /// Where the text is not JSON, or not an object.
-    pub(super) fn object(text: &'a str) -> serde_json::Result<Self> {
-        let members = serde_json::from_str::<Members<'a, true>>(text)?.0;
+    /// Where it is something else.
+    pub(super) fn object(text: &'a str) -> Result<Self, Otherwise> {
+        let members = Reader::new(text).object().ok_or(Otherwise)?;
         Ok(Self::new(text, members))
     }
 
     /// Reads an array.
     ///
     /// # Errors
-    /// Where the text is not JSON, or not an array.
-    pub(super) fn array(text: &'a str) -> serde_json::Result<Self> {
-        let members = serde_json::from_str::<Members<'a, false>>(text)?.0;
+    /// Where it is something else.
+    pub(super) fn array(text: &'a str) -> Result<Self, Otherwise> {
+        let mut members = Vec::new();
+        let each = |reader: &mut Reader<'a>| members.push(Member::element(reader.value()));
+        Reader::new(text).array(each).ok_or(Otherwise)?;
         Ok(Self::new(text, members))
     }
 
-    /// Reads an array of objects, and the objects, in one pass over the text.
+    /// Reads an array of objects, and the objects, in one pass.
     ///
     /// # Errors
-    /// Where the text is not JSON, or not an array, or holds anything but objects.
-    pub(super) fn objects(text: &'a str) -> serde_json::Result<(Self, Vec<Self>)> {
-        let read: Vec<Members<'a, true>> = serde_json::from_str(text)?;
-        let mut list = Vec::with_capacity(read.len());
-        let mut objects = Vec::with_capacity(read.len());
-        let mut at = 0;
-        for Members(members) in read {
-            let open = at + text[at..].find('{').expect("an object opens");
-            // Nothing but white space stands between the last value and the end.
-            let last = members.last().map_or(open, |member| {
-                offset(text, member.value) + member.value.len()
-            });
-            at = last + text[last..].find('}').expect("an object closes") + 1;
-            let value = &text[open..at];
-            list.push(Member {
-                key: Cow::Borrowed(""),
-                value,
-                edit: Edit::Keep,
-            });
-            objects.push(Self::new(value, members));
-        }
-        Ok((Self::new(text, list), objects))
+    /// Where it is something else, or holds anything but objects.
+    pub(super) fn objects(text: &'a str) -> Result<(Self, Vec<Self>), Otherwise> {
+        let (mut list, mut objects) = (Vec::new(), Some(Vec::new()));
+        let each = |reader: &mut Reader<'a>| {
+            let start = reader.at;
+            match (reader.object(), &mut objects) {
+                (Some(members), Some(objects)) => {
+                    let value = &text[start..reader.at];
+                    list.push(Member::element(value));
+                    objects.push(Self::new(value, members));
+                }
+                _ => {
+                    objects = None;
+                    reader.value();
+                }
+            }
+        };
+        Reader::new(text).array(each).ok_or(Otherwise)?;
+        Ok((Self::new(text, list), objects.ok_or(Otherwise)?))
     }
 
     fn new(text: &'a str, members: Vec<Member<'a>>) -> Self {
@@ -215,50 +227,135 @@ fn offset(text: &str, part: &str) -> usize {
     part.as_ptr() as usize - text.as_ptr() as usize
 }
 
-struct Members<'a, const OBJECT: bool>(Vec<Member<'a>>);
+/// Checks that `text` is JSON, which everything else here takes for granted.
+///
+/// # Errors
+/// Where it is not.
+pub(super) fn check(text: &str) -> serde_json::Result<()> {
+    serde_json::from_str::<IgnoredAny>(text).map(drop)
+}
 
-impl<'de: 'a, 'a, const OBJECT: bool> Deserialize<'de> for Members<'a, OBJECT> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        if OBJECT {
-            deserializer.deserialize_map(Reader).map(Self)
-        } else {
-            deserializer.deserialize_seq(Reader).map(Self)
+/// Reads valid JSON, without looking into what it skips more than it must.
+struct Reader<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn new(text: &'a str) -> Self {
+        let mut reader = Self { text, at: 0 };
+        reader.space();
+        reader
+    }
+
+    fn peek(&self) -> Option<u8> {
+        self.text.as_bytes().get(self.at).copied()
+    }
+
+    fn rest(&self) -> &'a [u8] {
+        &self.text.as_bytes()[self.at..]
+    }
+
+    fn space(&mut self) {
+        let blank = |byte: &&u8| matches!(byte, b' ' | b'\n' | b'\r' | b'\t');
+        self.at += self.rest().iter().take_while(blank).count();
+    }
+
+    /// The members of the object that stands here; `None` moves nothing.
+    fn object(&mut self) -> Option<Vec<Member<'a>>> {
+        let mut members = Vec::new();
+        self.each(b'{', b'}', |reader| {
+            let raw = reader.value();
+            let bare = &raw[1..raw.len() - 1];
+            let key = if bare.contains('\\') {
+                string(raw)
+            } else {
+                None
+            };
+            reader.space();
+            reader.at += 1; // the colon
+            reader.space();
+            members.push(Member {
+                key: key.unwrap_or(Cow::Borrowed(bare)),
+                value: reader.value(),
+                edit: Edit::Keep,
+            });
+        })?;
+        Some(members)
+    }
+
+    /// Calls `element` at each element of the array that stands here.
+    fn array(&mut self, element: impl FnMut(&mut Self)) -> Option<()> {
+        self.each(b'[', b']', element)
+    }
+
+    fn each(&mut self, open: u8, close: u8, mut member: impl FnMut(&mut Self)) -> Option<()> {
+        if self.peek() != Some(open) {
+            return None;
         }
+        self.at += 1;
+        self.space();
+        while self.peek().is_some_and(|byte| byte != close) {
+            member(self);
+            self.space();
+            if self.peek() == Some(b',') {
+                self.at += 1;
+                self.space();
+            }
+        }
+        self.at += 1;
+        Some(())
+    }
+
+    /// The value that stands here.
+    fn value(&mut self) -> &'a str {
+        let start = self.at;
+        let mut depth = 0_usize;
+        while let Some(byte) = self.peek() {
+            match byte {
+                b'"' => self.at += quoted_length(self.rest()),
+                b'{' | b'[' => {
+                    depth += 1;
+                    self.at += 1;
+                }
+                b'}' | b']' => {
+                    depth = depth.saturating_sub(1);
+                    self.at += 1;
+                }
+                b',' | b':' | b' ' | b'\n' | b'\r' | b'\t' => self.at += 1,
+                _ => {
+                    self.at += self
+                        .rest()
+                        .iter()
+                        .take_while(|byte| !ends_bare(**byte))
+                        .count()
+                }
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+        &self.text[start..self.at]
     }
 }
 
-struct Reader;
+/// Whether a number or a word ends before this byte.
+fn ends_bare(byte: u8) -> bool {
+    matches!(byte, b',' | b']' | b'}' | b' ' | b'\n' | b'\r' | b'\t')
+}
 
-impl<'de> Visitor<'de> for Reader {
-    type Value = Vec<Member<'de>>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object or an array")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut members = Vec::new();
-        while let Some((Text(key), value)) = map.next_entry::<Text<'de>, &RawValue>()? {
-            members.push(Member {
-                key,
-                value: value.get(),
-                edit: Edit::Keep,
-            });
+/// The length of the string that `json` begins with, quotes included.
+pub(super) fn quoted_length(json: &[u8]) -> usize {
+    // Escapes are many and quotes are few: what matters is how many backslashes stand before a quote.
+    let mut end = 1;
+    while let Some(quote) = memchr(b'"', &json[end..]) {
+        let before = json[end..end + quote].iter().rev();
+        end += quote + 1;
+        if before.take_while(|byte| **byte == b'\\').count() % 2 == 0 {
+            break;
         }
-        Ok(members)
     }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        let mut members = Vec::new();
-        while let Some(value) = seq.next_element::<&RawValue>()? {
-            members.push(Member {
-                key: Cow::Borrowed(""),
-                value: value.get(),
-                edit: Edit::Keep,
-            });
-        }
-        Ok(members)
-    }
+    end
 }
 
 #[cfg(test)]
@@ -284,7 +381,7 @@ mod tests {
                 assert_eq!(object.finish(), expected.finish(), "{text}");
             }
         }
-        for text in ["{}", "7", "[7]", r#"[{},"{}"]"#, "[{}", "[{}]]"] {
+        for text in ["{}", "7", "[7]", r#"[{},"{}"]"#] {
             assert!(Container::objects(text).is_err(), "{text}");
         }
     }
