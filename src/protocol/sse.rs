@@ -205,7 +205,12 @@ impl Splitter {
             self.scanned = 0;
             return None;
         };
-        let tail = self.chunk.split_to(end);
+        // The last event of a chunk takes the chunk along: its memory goes when the event does.
+        let tail = if end == self.chunk.len() {
+            std::mem::take(&mut self.chunk)
+        } else {
+            self.chunk.split_to(end)
+        };
         self.scanned = 0;
         self.in_event = false;
         let raw = if self.carry.is_empty() {
