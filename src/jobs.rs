@@ -66,6 +66,7 @@ pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
         let (sessions, busy) = engine.sessions();
         telemetry::set("drawbridge_sessions", sessions as u64);
         telemetry::set("drawbridge_sessions_busy", busy as u64);
+        telemetry::upkeep();
         std::future::ready(())
     });
     let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());

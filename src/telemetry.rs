@@ -64,6 +64,13 @@ pub fn recorder() -> Option<&'static PrometheusHandle> {
         .as_ref()
 }
 
+/// Folds what histograms have collected; without it a process that nobody scrapes grows.
+pub fn upkeep() {
+    if let Some(handle) = recorder() {
+        handle.run_upkeep();
+    }
+}
+
 /// A task began.
 pub fn task_started(name: &'static str) {
     gauge!("drawbridge_tasks", "task" => name).increment(1.0);
