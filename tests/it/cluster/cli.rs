@@ -123,7 +123,9 @@ async fn between_turns_of_one_process(end: End) {
         let first = end.comes(&mut cluster).await;
         answers(&mut server, &thread, "two").await;
         if matches!(end, End::Draining) {
-            cluster.stop(first).await;
+            let mut draining = cluster.replicas[first].service.take().unwrap();
+            let status = draining.ended().await;
+            assert!(status.success(), "{wire:?}: {status}\n{}", draining.log());
         } else {
             assert_ne!(cluster.owner().await, first, "{wire:?}");
         }

@@ -121,13 +121,15 @@ pub(crate) async fn connect(url: &str) -> Client {
     client
 }
 
-/// A port of 127.0.0.1 that was free a moment ago.
+/// A port of 127.0.0.1 that was free a moment ago, below those that the kernel gives to outgoing connections: whoever listens there finds
+/// it free again after a restart.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    loop {
+        let port = rand::random_range(10_000..32_768);
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Runs a script of the shell that goes on when this process has ended, in whatever way, and learns of that by the end of its
