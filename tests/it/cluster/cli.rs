@@ -240,11 +240,12 @@ async fn in_mid_turn(wire: Wire, death: Death, stage: Stage) {
         cluster.kill(dies).await;
     };
     tokio::join!(answers(&mut server, &thread, "two"), dying);
-    println!(
-        "{wire:?} {death:?} {stage:?}: the user saw {:?}",
+    let repaired = server.errors.iter().all(|error| error["willRetry"] == true);
+    assert!(
+        repaired,
+        "{wire:?} {death:?} {stage:?}: {:#?}",
         server.errors
     );
-    assert!(server.errors.iter().all(|error| error["willRetry"] == true));
     assert_eq!(cluster.owner().await, 1 - dies, "{wire:?} {death:?}");
     cluster.serve(dies).await;
     answers(&mut server, &thread, "three").await;
