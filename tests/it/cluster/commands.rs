@@ -10,15 +10,13 @@ use crate::support::{
 #[tokio::test]
 async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
     let cluster = Cluster::start(Plan::default()).await;
-    let post = |replica, body: &Value| cluster.post_at(replica, "/v1/responses").json(body);
-    let first = post(0, &script("one", false)).send().await.unwrap();
-    let first = Answer::of(first).await;
+    let first = ask(&cluster, 0, &script("one", false)).await;
     let mut body = script("two", false);
     body["previous_response_id"] = first.id().into();
-    let second = Answer::of(post(1, &body).send().await.unwrap()).await;
+    let second = ask(&cluster, 1, &body).await;
     assert_eq!(second.status, 200, "{second:#?}");
     body["previous_response_id"] = "resp_nobody".into();
-    let refused = Answer::of(post(1, &body).send().await.unwrap()).await;
+    let refused = ask(&cluster, 1, &body).await;
     assert_eq!(refused.status, 400, "{refused:#?}");
 
     let mut logged = Vec::new();
@@ -42,7 +40,7 @@ async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
     assert_eq!(told["snapshot"], "kept");
     let text = cluster.home.ok(&["explain", &logged[1]]).await;
     for part in [
-        "/v1/responses over http, model gpt-5.5",
+        "v1/responses over http, model gpt-5.5",
         "completed with 200",
         "it went on in the session that this replica had open",
         "alice: 1 of 1 accounts could serve it",
@@ -78,10 +76,7 @@ async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
 #[tokio::test]
 async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
     let cluster = Cluster::start(Plan::default()).await;
-    let first = cluster
-        .post_at(0, "/v1/responses")
-        .json(&script("one", false));
-    let first = Answer::of(first.send().await.unwrap()).await;
+    let first = ask(&cluster, 0, &script("one", false)).await;
     let listed = cluster.home.json(&["leases", "list"]).await;
     let [lease] = &listed.as_array().unwrap()[..] else {
         panic!("{listed:#}")
@@ -113,8 +108,7 @@ async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
 
     let mut body = script("two", false);
     body["previous_response_id"] = first.id().into();
-    let second = cluster.post_at(1, "/v1/responses").json(&body);
-    let second = Answer::of(second.send().await.unwrap()).await;
+    let second = ask(&cluster, 1, &body).await;
     assert_eq!(second.status, 200, "{second:#?}");
     let taken = cluster.home.json(&["leases", "show", id]).await;
     assert_eq!(taken["owner"], "r1");
@@ -122,8 +116,7 @@ async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
     // An owner that finds itself fenced begins nothing, claims the lease again, and holds nothing against the account.
     cluster.home.ok(&["leases", "release", id]).await;
     body["previous_response_id"] = second.id().into();
-    let third = cluster.post_at(1, "/v1/responses").json(&body);
-    let third = Answer::of(third.send().await.unwrap()).await;
+    let third = ask(&cluster, 1, &body).await;
     assert_eq!(third.status, 200, "{third:#?}");
     cluster.booked().await;
     let turns = cluster.turns().await;
@@ -148,4 +141,11 @@ async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
         assert_eq!(said.code, Some(1), "{command}: {}", said.err);
         assert!(said.err.contains("no lease 019a0000"), "{}", said.err);
     }
+}
+
+/// A request of one conversation, to one replica.
+async fn ask(cluster: &Cluster, replica: usize, body: &Value) -> Answer {
+    let request = cluster.post_at(replica, "/v1/responses").json(body);
+    let request = request.header("session-id", "conversation");
+    Answer::of(request.send().await.unwrap()).await
 }
