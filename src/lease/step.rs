@@ -169,7 +169,7 @@ pub fn purge(row: Lease, is_dead: impl Fn(Boot) -> bool) -> bool {
     row.owner.is_none_or(is_dead)
 }
 
-/// BEGIN: the lease and the turn, both or none. `turn` is the row of this request.
+/// BEGIN: the lease and the turn, both or none. `turn` is the row of this request; the dead begin nothing.
 ///
 /// # Errors
 /// [`NotBegun`]: nothing was written, nothing may be sent.
@@ -178,9 +178,10 @@ pub fn begin(
     turn: Option<Turn>,
     fence: Fence,
     request: Request,
+    is_dead: impl Fn(Boot) -> bool,
 ) -> Result<(Lease, Turn), NotBegun> {
     let row = row
-        .filter(|row| row.is_held(fence) && row.busy.is_none())
+        .filter(|row| row.is_held(fence) && row.busy.is_none() && !is_dead(fence.boot))
         .ok_or(NotBegun::Fenced)?;
     if turn.is_some() {
         return Err(NotBegun::Begun);

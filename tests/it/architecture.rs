@@ -25,7 +25,6 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("ledger", &["db", "bus", "task"]),
     ("lease", &["db", "bus"]),
     ("snapshot", &["config", "db", "bus", "task"]),
-    ("forward", &["db", "replica", "api_key", "task"]),
     (
         "upstream",
         &["config", "db", "bus", "task", "account", "quota"],

@@ -234,7 +234,7 @@ impl State {
             }
             Statement::Begin(fence, request) => {
                 let turn = self.turns.get(&request).map(|(turn, _)| *turn);
-                match step::begin(self.lease, turn, fence, request) {
+                match step::begin(self.lease, turn, fence, request, is_dead) {
                     Ok((row, turn)) => {
                         self.lease = Some(row);
                         self.turns.insert(request, (turn, fence));

@@ -246,7 +246,8 @@ impl<'a> World<'a> {
         let turn = self.turns.get(&request).copied();
         let owner = &self.actors[usize::from(fence.boot)].0;
         let real = owner.ledger.open(opening).await;
-        let model = step::begin(self.leases[slot], turn, fence, request);
+        let is_dead = |boot: u8| self.actors[usize::from(boot)].1.dead;
+        let model = step::begin(self.leases[slot], turn, fence, request, is_dead);
         match (real, model) {
             (Ok(opened), Ok((lease, turn))) => {
                 self.leases[slot] = Some(lease);
