@@ -273,8 +273,7 @@ impl<'a> World<'a> {
             let held = self.held.iter().find(|(_, _, held)| *held == fence);
             let (_, held, _) = held.unwrap();
             let request_id = opened.request().id;
-            let params: [&(dyn ToSql + Sync); 4] =
-                [&owner.boot, &request_id, &held.lease, &held.generation];
+            let params: [&(dyn ToSql + Sync); 3] = [&request_id, &held.lease, &held.generation];
             let real = self.store.db.exec(withdraw, &params).await.unwrap();
             let model = step::withdraw(self.leases[slot], turn, fence, request);
             assert_eq!(real, u64::from(model.0.is_some()));
