@@ -3,6 +3,7 @@
 //! nginx only hands bytes on; Drawbridge does so with keys, quota, ledger and request log on. Processor time and memory are those of the
 //! proxy's own processes, without the database. Every figure is the median of the rounds; the rounds themselves are in the JSON.
 
+mod hop;
 mod nginx;
 mod summary;
 
@@ -150,6 +151,15 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     }
     tokio::time::sleep(Duration::from_secs(5)).await;
     let idle = resident(&targets)?;
+    let hop = match (&options.drawbridge, &drawbridge, targets.last()) {
+        (Some(binary), Some(owner), Some(target)) => {
+            let other = Drawbridge::replica(binary, dir.path(), &fake, "other").await?;
+            let hop = hop::measure(owner, &other, &target.key).await?;
+            say(&format!("a hop adds {} ms", hop["added_ms"]));
+            Some(hop)
+        }
+        _ => None,
+    };
 
     let names: Vec<&str> = targets.iter().map(|target| target.name).collect();
     let rows = summary::rows(&rounds, &names, &idle);
@@ -159,6 +169,8 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         "versions": { "nginx": version("nginx", "-v"), "drawbridge": options.drawbridge.as_ref().map(|binary| version(binary, "--version")) },
         "load": { "events": EVENTS, "body_bytes": options.body_bytes, "rounds": options.rounds, "nginx_workers": nginx::WORKERS },
         "summary": rows,
+        "snapshots": std::env::var("DRAWBRIDGE_SNAPSHOTS").unwrap_or_else(|_| "auto".into()),
+        "hop": hop,
         "fresh_rss_kib": fresh,
         "idle_rss_kib": idle,
         "rounds": rounds,
