@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _},
+    time::timeout,
+};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -25,6 +28,9 @@ use crate::{
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 /// One message or frame from upstream.
 const MESSAGE_BYTES: usize = 64 << 20;
+
+/// A larger frame is written past the library's buffer, which would stay as large for as long as the socket is open.
+const LARGE: usize = 16 << 10;
 
 /// An open upstream WebSocket. It speaks text frames only.
 pub struct Socket {
@@ -91,6 +97,27 @@ impl Upstream {
     }
 }
 
+/// Writes one masked text frame, piece by piece. If it is given up half-way, so must the connection be.
+async fn write_text(
+    stream: &mut (impl AsyncWrite + Unpin),
+    text: &[u8],
+    mask: [u8; 4],
+) -> std::io::Result<()> {
+    let mut piece = Vec::with_capacity(LARGE);
+    // The whole message in one frame; a client's are masked; the length follows in eight bytes.
+    piece.extend([0x80 | 0x01, 0x80 | 127]);
+    piece.extend((text.len() as u64).to_be_bytes());
+    piece.extend(mask);
+    // A multiple of the mask's length, so that each piece begins with its first byte.
+    for plain in text.chunks(LARGE) {
+        let masked = plain.iter().zip(mask.iter().cycle());
+        piece.extend(masked.map(|(byte, mask)| byte ^ mask));
+        stream.write_all(&piece).await?;
+        piece.clear();
+    }
+    stream.flush().await
+}
+
 fn config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(16 << 10)
@@ -116,8 +143,15 @@ impl Socket {
     /// # Errors
     /// If the connection is lost; the frame may or may not have arrived.
     pub async fn send(&mut self, text: Utf8Bytes) -> Result<(), Failure> {
+        let sending = async {
+            if text.len() < LARGE {
+                return self.stream.send(Message::Text(text)).await;
+            }
+            self.stream.flush().await?;
+            Ok(write_text(self.stream.get_mut(), text.as_bytes(), rand::random()).await?)
+        };
         // A peer that reads nothing must not hold a turn for ever.
-        match timeout(deadline::HEADERS, self.stream.send(Message::Text(text))).await {
+        match timeout(deadline::HEADERS, sending).await {
             Ok(sent) => sent.map_err(|error| self.broken(&error)),
             Err(_) => Err(Failure::timeout(
                 Deadline::Headers,
@@ -172,5 +206,34 @@ impl Socket {
             ),
             _ => Failure::truncated(now),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_large_frame_arrives_as_one_message_between_others() {
+        let (mut near, far) = tokio::io::duplex(1000);
+        let large = "é{}".repeat(LARGE);
+        let sent = large.clone();
+        let writing = tokio::task::unconstrained(async move {
+            write_text(&mut near, sent.as_bytes(), [1, 2, 3, 4]).await?;
+            write_text(&mut near, b"{}", [0; 4]).await?;
+            std::io::Result::Ok(near)
+        });
+        let reading = async {
+            let mut server = WebSocketStream::from_raw_socket(far, Role::Server, None).await;
+            let mut texts = Vec::new();
+            for _ in 0..2 {
+                let message = server.next().await.unwrap().unwrap();
+                texts.push(message.into_text().unwrap().to_string());
+            }
+            texts
+        };
+        let (written, texts) = tokio::join!(writing, reading);
+        written.unwrap();
+        assert_eq!(texts, [large, "{}".to_owned()]);
     }
 }
