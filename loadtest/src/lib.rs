@@ -1,9 +1,11 @@
 //! Fake upstream, load generator and measurements for Drawbridge.
 
 pub mod bench;
+pub mod chaos;
 pub mod clock;
 pub mod demo;
 pub mod drive;
+pub mod edge;
 pub mod process;
 pub mod rig;
 pub mod upstream;

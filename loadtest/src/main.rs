@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
-    bench, demo,
+    bench, chaos, demo,
     drive::{Plan, Transport, drive},
     process::interrupted,
     upstream::{Config, Upstream},
@@ -52,6 +52,27 @@ enum Command {
         body_bytes: usize,
         /// Where the JSON goes
         #[arg(long, default_value = "loadtest/results/bench.json")]
+        out: PathBuf,
+    },
+    /// Break replicas and the network around them at random, and check that every promise was kept; fails if one was not
+    Chaos {
+        /// Binary of Drawbridge
+        #[arg(long)]
+        drawbridge: PathBuf,
+        /// How long clients talk
+        #[arg(long, default_value_t = 10.0)]
+        minutes: f64,
+        /// What everything is drawn from; unset = a new one
+        #[arg(long)]
+        seed: Option<u64>,
+        /// How many
+        #[arg(long, default_value_t = 3)]
+        replicas: usize,
+        /// How many
+        #[arg(long, default_value_t = 24)]
+        clients: usize,
+        /// Where the JSON goes
+        #[arg(long, default_value = "loadtest/results/chaos.json")]
         out: PathBuf,
     },
     /// Two replicas, three accounts, traffic, and a view of it all, until Ctrl-C
@@ -136,6 +157,32 @@ async fn main() -> anyhow::Result<()> {
             ended = demo::run(&drawbridge, seconds) => ended?,
             asked = interrupted() => asked?,
         },
+        Command::Chaos {
+            drawbridge,
+            minutes,
+            seed,
+            replicas,
+            clients,
+            out,
+        } => {
+            let options = chaos::Options {
+                drawbridge,
+                length: Duration::from_secs_f64(minutes * 60.0),
+                seed: seed.unwrap_or_else(|| rand::random::<u32>().into()),
+                replicas,
+                clients,
+                gap: Duration::from_secs(3),
+                scale: None,
+            };
+            let report = tokio::select! {
+                ended = chaos::run(&options) => ended?,
+                asked = interrupted() => return Ok(asked?),
+            };
+            println!("{report}");
+            std::fs::write(&out, serde_json::to_string_pretty(&report)?)?;
+            let broken = report.violations.len();
+            anyhow::ensure!(broken == 0, "seed {}: {broken} violations", report.seed);
+        }
         Command::Bench {
             drawbridge,
             only,

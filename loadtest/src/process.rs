@@ -5,7 +5,7 @@ use std::{
     io,
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -46,6 +46,25 @@ impl Daemon {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Sends it a signal, if it still runs.
+    ///
+    /// # Errors
+    /// If that is refused.
+    pub fn signal(&mut self, signal: Signal) -> anyhow::Result<()> {
+        if self.ended()?.is_none() {
+            kill_process(Pid::from_child(&self.child), signal)?;
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.child.try_wait()
     }
 
     /// Whether it still runs.
@@ -95,6 +114,12 @@ impl RunDir {
         Ok(Self(path))
     }
 
+    /// Leaves it there, for who wants to look.
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.0)
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -104,7 +129,9 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        drop(fs::remove_dir_all(&self.0));
+        if !self.0.as_os_str().is_empty() {
+            drop(fs::remove_dir_all(&self.0));
+        }
     }
 }
 

@@ -37,6 +37,8 @@ use self::{
 pub struct Config {
     /// Text deltas of an ordinary answer.
     pub deltas: usize,
+    /// Time before each of them; at once where there is none.
+    pub pace: Option<Duration>,
     /// After which a socket refuses further responses.
     pub socket_age: Option<Duration>,
     /// Percent used that every answer reports for the short window.
@@ -51,6 +53,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             deltas: 4,
+            pace: None,
             socket_age: None,
             used_percent: 12.0,
             percent_per_turn: 0.0,
@@ -140,6 +143,11 @@ impl Upstream {
     /// Queues a fault.
     pub fn fault(&self, fault: Fault) {
         self.shared.change(|state| state.faults.push(fault));
+    }
+
+    /// Forgets the faults that are left.
+    pub fn no_faults(&self) {
+        self.shared.change(|state| state.faults.clear());
     }
 
     /// Lets responses that a fault keeps silent now go on.

@@ -4,7 +4,6 @@ pub(crate) mod chaos;
 pub(crate) mod cluster;
 pub(crate) mod codex;
 pub(crate) mod codex_socket;
-pub(crate) mod edge;
 pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{
+    Config,
     fault::{Kind, Stage},
     state::Usage,
     strict,
@@ -62,7 +63,7 @@ pub(super) fn plan(
     account: &str,
     history: &[Value],
     request_bytes: usize,
-    deltas: usize,
+    config: &Config,
     fault: Option<&Kind>,
 ) -> Answer {
     let mut out = Writer {
@@ -99,7 +100,7 @@ pub(super) fn plan(
         output.push(item);
     }
     let index = output.len();
-    let (item, words) = item(&id, account, history, deltas, fault);
+    let (item, words) = item(&id, account, history, config.deltas, fault);
     out.event(json!({ "type": "response.output_item.added", "output_index": index, "item": { "id": item["id"], "type": item["type"], "status": "in_progress", "role": item["role"], "content": [] } }));
     if item["type"] == "message" {
         text(
@@ -126,7 +127,7 @@ pub(super) fn plan(
         steps: out.steps,
         usage,
         output,
-        pace: fault.and_then(Kind::pace),
+        pace: fault.and_then(Kind::pace).or(config.pace),
     }
 }
 

@@ -25,6 +25,7 @@ use super::{
     state::{Attempt, Shared, Usage},
     strict::{self, Transport},
 };
+use crate::clock;
 
 /// What the writer of an answer hands over to its body.
 type Chunks = mpsc::Sender<Result<Chunk, std::io::Error>>;
@@ -120,7 +121,7 @@ pub(super) async fn create(
         &account,
         &history,
         bytes,
-        shared.config.deltas,
+        &shared.config,
         fault.as_ref(),
     );
     let mut response = stream(outgoing, answer, fault.clone());
@@ -249,7 +250,7 @@ async fn write(
 /// Deltas carry the moment at which they were sent, in microseconds of the machine's monotonic clock, for measuring the hop.
 fn stamped(mut event: Value) -> Value {
     if event["type"] == "response.output_text.delta" {
-        event["sent_us"] = crate::clock::micros().into();
+        event["sent_us"] = clock::micros().into();
     }
     event
 }
@@ -365,6 +366,7 @@ pub(super) fn record(
         let n = state.attempts.len();
         state.attempts.push(Attempt {
             n,
+            at: clock::epoch_millis(),
             account: account.to_owned(),
             transport: if transport == Transport::Http {
                 "http"

@@ -29,6 +29,8 @@ pub struct Usage {
 pub struct Attempt {
     /// From 0.
     pub n: usize,
+    /// When it arrived, in milliseconds since 1970.
+    pub at: u64,
     /// Name of the account.
     pub account: String,
     /// `http` or `websocket`.

@@ -227,7 +227,7 @@ impl Line {
             &self.account,
             &self.history,
             bytes,
-            shared.config.deltas,
+            &shared.config,
             fault.as_ref(),
         );
         self.answer(n, answer, fault).await

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use loadtest::upstream::{Fault, Kind};
+use loadtest::{
+    edge::Mode,
+    upstream::{Fault, Kind},
+};
 use redis::AsyncCommands as _;
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::sleep};
@@ -10,7 +13,6 @@ use tokio::{task::JoinSet, time::sleep};
 use super::times;
 use crate::support::{
     cluster::{Answer, Cluster, Plan, script},
-    edge::Mode,
     pg,
     wait::until,
 };

@@ -12,6 +12,7 @@ use drawbridge::{
     db::{Endpoint, migrate},
     secret::KeyRing,
 };
+use loadtest::edge::{Edge, Mode};
 use reqwest::{RequestBuilder, Response, Url, header::HeaderMap};
 use rustix::process::Signal;
 use secrecy::ExposeSecret as _;
@@ -19,7 +20,6 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use super::{
-    edge::{Edge, Mode},
     pg::{self, TestDb},
     pgbouncer::PgBouncer,
     process::{Home, Service},

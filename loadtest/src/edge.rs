@@ -6,7 +6,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -26,7 +26,7 @@ use tokio::{
 
 /// What an edge does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// It delivers.
     Pass,
     /// New connections are refused; those that exist go on.
@@ -56,8 +56,9 @@ impl Mode {
 }
 
 /// A running edge; dropped, it accepts no more.
-pub(crate) struct Edge {
-    pub(crate) address: SocketAddr,
+pub struct Edge {
+    /// Where it listens.
+    pub address: SocketAddr,
     mode: watch::Sender<Mode>,
     /// Connections of earlier rounds are gone.
     round: watch::Sender<u64>,
@@ -66,9 +67,16 @@ pub(crate) struct Edge {
 
 impl Edge {
     /// In front of one target, or round-robin in front of several; it delivers at first. Delays are drawn by the seed.
-    pub(crate) async fn before(targets: &[SocketAddr], seed: u64) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let address = listener.local_addr().unwrap();
+    ///
+    /// # Panics
+    /// If no port can be had.
+    pub async fn before(targets: &[SocketAddr], seed: u64) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .expect("a free port");
+        let address = listener
+            .local_addr()
+            .expect("a bound listener has an address");
         let (mode, round) = (watch::Sender::new(Mode::Pass), watch::Sender::new(0));
         let line = Line {
             targets: targets.into(),
@@ -86,7 +94,7 @@ impl Edge {
     }
 
     /// What it does from now on.
-    pub(crate) fn set(&self, mode: Mode) {
+    pub fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
 
@@ -100,7 +108,7 @@ impl Edge {
     }
 
     /// Resets the connections that exist.
-    pub(crate) fn cut(&self) {
+    pub fn cut(&self) {
         self.round.send_modify(|round| *round += 1);
     }
 }
@@ -211,7 +219,11 @@ impl Line {
                 Err(_) => return Err(io::ErrorKind::ConnectionReset.into()),
             };
             if let Mode::Delay(most) = now {
-                let part = self.random.lock().unwrap().random_range(0.0..1.0);
+                let part = self
+                    .random
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .random_range(0.0..1.0);
                 sleep(most.mul_f64(part)).await;
             }
             let read = read?;

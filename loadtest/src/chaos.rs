@@ -1,0 +1,207 @@
+//! Real replicas on a faulty network under clients that remember what they meant; afterwards every history is compared.
+//!
+//! The plan of the faults and the clients' choices are functions of the seed; what the machine makes of them is not, so a seed finds the same
+//! trouble again only often. Everything that runs is private to the run and ends with it.
+
+mod check;
+mod client;
+mod database;
+mod fleet;
+mod history;
+mod plan;
+mod report;
+mod servers;
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+pub use self::{check::Violation, report::Report};
+use self::{
+    client::{Crowd, talk},
+    fleet::Fleet,
+    history::{History, Lease},
+};
+use crate::{process::RunDir, say};
+
+/// How long what is left may take to end by itself: an owner is buried, its turns are swept.
+const QUIET: Duration = Duration::from_secs(120);
+/// For how long nothing may be unfinished until that is believed.
+const STILL: Duration = Duration::from_secs(4);
+/// Keys, each of a scope of its own.
+const KEYS: [&str; 2] = ["one", "other"];
+
+/// A run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The service.
+    pub drawbridge: PathBuf,
+    /// How long clients talk.
+    pub length: Duration,
+    /// What everything is drawn from.
+    pub seed: u64,
+    /// How many.
+    pub replicas: usize,
+    /// How many.
+    pub clients: usize,
+    /// The mean time between two faults.
+    pub gap: Duration,
+    /// For tests alone: what multiplies the times of the protocol between replicas.
+    pub scale: Option<f64>,
+}
+
+/// Runs it; the report says what was broken.
+///
+/// # Errors
+/// If something cannot be started, or does not come back.
+pub async fn run(options: &Options) -> anyhow::Result<Report> {
+    let Options {
+        seed,
+        replicas,
+        clients,
+        length,
+        ..
+    } = *options;
+    let dir = RunDir::make(&format!("chaos-{seed}"))?;
+    say(&format!("seed {seed}: starting {replicas} replicas .."));
+    let fleet = Fleet::start(
+        &options.drawbridge,
+        dir.path(),
+        replicas,
+        seed,
+        options.scale,
+    );
+    let fleet = Arc::new(fleet.await?);
+    let mut keys = Vec::new();
+    for name in KEYS {
+        keys.push(fleet.key(name).await?);
+    }
+    let (end, over) = watch::channel(false);
+    let crowd = Arc::new(Crowd {
+        address: fleet.balancer.address,
+        keys,
+        http: reqwest::Client::builder()
+            .no_proxy()
+            .pool_max_idle_per_host(0)
+            .build()?,
+        seed,
+        over,
+        calls: Mutex::default(),
+    });
+    let mut talking = JoinSet::new();
+    for number in 0..clients {
+        talking.spawn(talk(Arc::clone(&crowd), number));
+    }
+    let look = database::connect(&fleet.database).await?;
+    let mut sightings = Vec::new();
+    tokio::select! {
+        struck = strike(options, &fleet) => struck?,
+        watched = watch(&look, &mut sightings) => watched?,
+    }
+    say("all faults are over ..");
+    end.send_replace(true);
+    let left = async { while talking.join_next().await.is_some() {} };
+    tokio::select! {
+        ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")?,
+        watched = watch(&look, &mut sightings) => watched?,
+    }
+    fleet.upstream.no_faults();
+    fleet.upstream.release();
+    quiet(&look).await?;
+    let accounts = database::accounts(&look).await?;
+    let history = History {
+        calls: std::mem::take(&mut *crowd.calls.lock().unwrap_or_else(PoisonError::into_inner)),
+        attempts: fleet.upstream.attempts(),
+        upstream_violations: fleet.upstream.violations(),
+        faults: fleet.struck(),
+        turns: database::turns(&look, &accounts).await?,
+        leases: database::leases(&look, true).await?,
+        sightings,
+        unready: fleet.unready().await,
+    };
+    let violations = check::check(&history);
+    let report = Report {
+        seed,
+        seconds: length.as_secs(),
+        replicas,
+        clients,
+        bridge: database::outcomes(&look).await?,
+        ..Report::of(&history, violations)
+    };
+    if !report.violations.is_empty() {
+        let kept = dir.keep();
+        std::fs::write(kept.join("history.json"), serde_json::to_vec(&history)?)?;
+        say(&format!(
+            "the history and the logs are in {}",
+            kept.display()
+        ));
+    }
+    Ok(report)
+}
+
+/// Does what is planned; returns when all of it is over.
+async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let extent = plan::Extent {
+        length: millis(options.length),
+        replicas: options.replicas,
+        accounts: fleet.accounts.len(),
+        redis: fleet.has_redis(),
+        gap: millis(options.gap),
+    };
+    let began = Instant::now();
+    let mut striking = JoinSet::new();
+    for fault in plan::plan(options.seed, extent) {
+        sleep_until(began + Duration::from_millis(fault.at)).await;
+        say(&format!(
+            "{:>6.1} s  {:?} for {} ms",
+            began.elapsed().as_secs_f64(),
+            fault.what,
+            fault.lasts
+        ));
+        striking.spawn(Arc::clone(fleet).strike(fault));
+        while let Some(struck) = striking.try_join_next() {
+            struck??;
+        }
+    }
+    while let Some(struck) = striking.join_next().await {
+        struck??;
+    }
+    sleep_until(began + options.length).await;
+    Ok(())
+}
+
+/// Looks at the leases until it is dropped.
+async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Lease>) -> anyhow::Result<()> {
+    let mut newest = std::collections::BTreeMap::new();
+    loop {
+        for lease in database::leases(look, false).await? {
+            if newest.insert(lease.id.clone(), lease.clone()).as_ref() != Some(&lease) {
+                seen.push(lease);
+            }
+        }
+        sleep(Duration::from_millis(250)).await;
+    }
+}
+
+/// Waits until nothing is unfinished, and for what is written late.
+async fn quiet(look: &tokio_postgres::Client) -> anyhow::Result<()> {
+    let deadline = Instant::now() + QUIET;
+    let mut since = Instant::now();
+    while since.elapsed() < STILL && Instant::now() < deadline {
+        if database::unfinished(look).await? > 0 {
+            since = Instant::now();
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+    Ok(())
+}

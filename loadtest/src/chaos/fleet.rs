@@ -1,0 +1,515 @@
+//! The replicas as an operator runs them, a faulty network between all of them, and the faults as they are done.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use reqwest::Url;
+use rustix::process::Signal;
+use tokio::{
+    io::AsyncWriteExt as _,
+    time::{sleep, timeout},
+};
+use uuid::Uuid;
+
+use super::{
+    history::Struck,
+    plan::{Break, Fault, Misfortune, Side, What},
+    servers::{self, Server},
+};
+use crate::{
+    clock,
+    edge::{Edge, Mode},
+    process::{Daemon, free_port},
+    upstream::{self, Kind, Stage, Upstream},
+};
+
+/// By how much an edge delays at most.
+const DELAY: Duration = Duration::from_millis(800);
+/// When a balancer has noticed that a replica leaves.
+const NOTICE: Duration = Duration::from_secs(1);
+/// How long a replica may take to get ready once nothing is wrong any more.
+const START: Duration = Duration::from_secs(120);
+
+/// Everything that runs.
+pub(super) struct Fleet {
+    pub(super) upstream: Upstream,
+    pub(super) accounts: Vec<&'static str>,
+    /// In front of all replicas.
+    pub(super) balancer: Edge,
+    pub(super) replicas: Vec<Replica>,
+    /// How to look behind the replicas' back.
+    pub(super) database: String,
+    binary: PathBuf,
+    dir: PathBuf,
+    http: reqwest::Client,
+    redis: Option<(u16, tokio::sync::Mutex<Option<Server>>)>,
+    struck: Mutex<Vec<Struck>>,
+    _pooler: Option<Server>,
+    _postgres: Server,
+}
+
+/// One replica, and the edges of the network around it.
+pub(super) struct Replica {
+    name: String,
+    settings: Vec<(&'static str, String)>,
+    admin: SocketAddr,
+    process: tokio::sync::Mutex<Option<Daemon>>,
+    clients: Edge,
+    peers: Edge,
+    postgres: Edge,
+    pooler: Option<Edge>,
+    redis: Option<Edge>,
+    upstream: Edge,
+}
+
+impl Fleet {
+    /// Starts everything; returns when every replica is ready.
+    pub(super) async fn start(
+        binary: &Path,
+        dir: &Path,
+        replicas: usize,
+        seed: u64,
+        scale: Option<f64>,
+    ) -> anyhow::Result<Self> {
+        let config = upstream::Config {
+            deltas: 10,
+            pace: Some(Duration::from_millis(80)),
+            ..upstream::Config::default()
+        };
+        let upstream = Upstream::start(config).await;
+        let (postgres, database) = servers::postgres(dir).await?;
+        let pooler = servers::pgbouncer(dir, postgres.address).await?;
+        let redis = if servers::has_redis() {
+            let port = free_port()?;
+            let server = servers::redis(dir, port).await?;
+            Some((port, tokio::sync::Mutex::new(Some(server))))
+        } else {
+            None
+        };
+        let keys: Vec<u8> = [Uuid::new_v4(), Uuid::new_v4()]
+            .iter()
+            .flat_map(|uuid| *uuid.as_bytes())
+            .collect();
+        let mut common = vec![
+            (
+                "DRAWBRIDGE_MASTER_KEYS",
+                format!("k1:{}", BASE64_STANDARD.encode(keys)),
+            ),
+            (
+                "DRAWBRIDGE_DATA_DIR",
+                dir.join("data").display().to_string(),
+            ),
+            ("DRAWBRIDGE_DATABASE_URL", database.clone()),
+            ("DRAWBRIDGE_UPSTREAM_URL", upstream.url()),
+            ("DRAWBRIDGE_AUTH_URL", upstream.auth_url()),
+            ("DRAWBRIDGE_SNAPSHOTS", "full".to_owned()),
+            ("DRAWBRIDGE_DRAIN_DELAY", "2s".to_owned()),
+            ("DRAWBRIDGE_DRAIN_GRACE", "20s".to_owned()),
+        ];
+        common.extend(scale.map(|scale| ("DRAWBRIDGE_TEST_TIME_SCALE", scale.to_string())));
+        let mut all = Vec::new();
+        for number in 0..replicas {
+            let edge = async |target| Edge::before(&[target], seed ^ number as u64).await;
+            let [clients, peers, admin] = [local()?, local()?, local()?];
+            let mut replica = Replica {
+                name: format!("r{number}"),
+                settings: common.clone(),
+                admin,
+                process: tokio::sync::Mutex::new(None),
+                clients: edge(clients).await,
+                peers: edge(peers).await,
+                postgres: edge(postgres.address).await,
+                pooler: match &pooler {
+                    Some(pooler) => Some(edge(pooler.address).await),
+                    None => None,
+                },
+                redis: match &redis {
+                    Some((port, _)) => Some(edge((Ipv4Addr::LOCALHOST, *port).into()).await),
+                    None => None,
+                },
+                upstream: edge(target(&upstream.auth_url())?).await,
+            };
+            replica.configure(clients, peers, &database, &upstream)?;
+            all.push(replica);
+        }
+        let fronts: Vec<_> = all.iter().map(|replica| replica.clients.address).collect();
+        let fleet = Self {
+            balancer: Edge::before(&fronts, seed).await,
+            upstream,
+            accounts: vec!["alice", "bob", "carol"],
+            replicas: all,
+            database,
+            binary: binary
+                .canonicalize()
+                .with_context(|| format!("{} is not there", binary.display()))?,
+            dir: dir.to_owned(),
+            http: crate::rig::client()?,
+            redis,
+            struck: Mutex::default(),
+            _pooler: pooler,
+            _postgres: postgres,
+        };
+        fleet.cli(&common, &["migrate"], None).await?;
+        for name in &fleet.accounts {
+            let login = fleet.upstream.account(name).auth_json();
+            let import = ["accounts", "import", "-", "--label", name];
+            fleet.cli(&common, &import, Some(login)).await?;
+        }
+        for number in 0..replicas {
+            fleet.up(number).await?;
+        }
+        Ok(fleet)
+    }
+
+    /// Whether it has a Redis.
+    pub(super) fn has_redis(&self) -> bool {
+        self.redis.is_some()
+    }
+
+    /// Creates a client key of a scope of its own.
+    pub(super) async fn key(&self, name: &str) -> anyhow::Result<String> {
+        let create = ["keys", "create", "--name", name, "--quiet"];
+        let said = self.operate(&create).await?;
+        Ok(said.trim().to_owned())
+    }
+
+    /// A command of the operator, who reaches the database whatever happens.
+    async fn operate(&self, args: &[&str]) -> anyhow::Result<String> {
+        let mut settings = self.replicas[0].settings.clone();
+        settings.push(("DRAWBRIDGE_DATABASE_URL", self.database.clone()));
+        settings.push(("DRAWBRIDGE_DATABASE_DIRECT_URL", self.database.clone()));
+        settings.retain(|(name, _)| *name != "DRAWBRIDGE_REDIS_URL");
+        self.cli(&settings, args, None).await
+    }
+
+    async fn cli(
+        &self,
+        settings: &[(&'static str, String)],
+        args: &[&str],
+        input: Option<String>,
+    ) -> anyhow::Result<String> {
+        let mut command = tokio::process::Command::from(self.command(settings));
+        command
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let mut child = command.spawn()?;
+        if let Some(mut pipe) = child.stdin.take() {
+            pipe.write_all(input.unwrap_or_default().as_bytes()).await?;
+        }
+        let output = timeout(START, child.wait_with_output()).await??;
+        ensure!(
+            output.status.success(),
+            "drawbridge {}: {}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn command(&self, settings: &[(&'static str, String)]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .envs(settings.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Starts a replica, as often as it takes, and lets it be reached when it is ready.
+    async fn up(&self, number: usize) -> anyhow::Result<()> {
+        let replica = &self.replicas[number];
+        let mut process = replica.process.lock().await;
+        let deadline = Instant::now() + START;
+        loop {
+            ensure!(Instant::now() < deadline, "{} does not start", replica.name);
+            let ended = match process.as_mut() {
+                Some(daemon) => daemon.ended()?.is_some(),
+                None => true,
+            };
+            if ended {
+                let mut command = self.command(&replica.settings);
+                command.arg("serve");
+                let log = format!("{}.{}.log", replica.name, clock::epoch_millis());
+                *process = Some(Daemon::start(command, self.dir.join(log))?);
+            }
+            sleep(Duration::from_millis(200)).await;
+            if self.ready(replica).await {
+                replica.clients.set(Mode::Pass);
+                replica.peers.set(Mode::Pass);
+                return Ok(());
+            }
+        }
+    }
+
+    async fn ready(&self, replica: &Replica) -> bool {
+        let url = format!("http://{}/readyz", replica.admin);
+        let asked = self.http.get(url).timeout(Duration::from_secs(2)).send();
+        asked.await.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// The replicas that are not ready a while after everything has healed.
+    pub(super) async fn unready(&self) -> Vec<String> {
+        let mut unready = Vec::new();
+        for replica in &self.replicas {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while !self.ready(replica).await {
+                if Instant::now() > deadline {
+                    unready.push(replica.name.clone());
+                    break;
+                }
+                sleep(Duration::from_millis(200)).await;
+            }
+        }
+        unready
+    }
+
+    /// Does a fault, from its beginning to its end.
+    pub(super) async fn strike(self: Arc<Self>, fault: Fault) -> anyhow::Result<()> {
+        let from = clock::epoch_millis();
+        let index = {
+            let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
+            let to = from + 600_000;
+            struck.push(Struck {
+                what: fault.what,
+                from,
+                to,
+            });
+            struck.len() - 1
+        };
+        let done = self.happen(&fault).await;
+        self.struck.lock().unwrap_or_else(PoisonError::into_inner)[index].to =
+            clock::epoch_millis();
+        done.with_context(|| format!("{fault:?}"))
+    }
+
+    /// The faults that were done.
+    pub(super) fn struck(&self) -> Vec<Struck> {
+        self.struck
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    async fn happen(&self, fault: &Fault) -> anyhow::Result<()> {
+        let lasts = Duration::from_millis(fault.lasts);
+        match fault.what {
+            What::Kill(number) => {
+                self.signal(number, Signal::KILL).await?;
+                self.unreachable(number);
+                sleep(lasts).await;
+                self.up(number).await
+            }
+            What::Pause(number) => {
+                self.signal(number, Signal::STOP).await?;
+                sleep(lasts).await;
+                self.signal(number, Signal::CONT).await
+            }
+            What::Drain(number) => {
+                self.signal(number, Signal::TERM).await?;
+                sleep(NOTICE).await;
+                self.unreachable(number);
+                sleep(lasts.saturating_sub(NOTICE)).await;
+                self.gone(number).await?;
+                self.up(number).await
+            }
+            What::Edge(number, side, how) => {
+                for edge in self.replicas[number].edges(side) {
+                    fail(edge, how);
+                }
+                sleep(lasts).await;
+                for edge in self.replicas[number].edges(side) {
+                    edge.set(Mode::Pass);
+                }
+                Ok(())
+            }
+            What::Postgres(how) => {
+                let edges = || {
+                    self.replicas
+                        .iter()
+                        .flat_map(|one| one.edges(Side::Postgres))
+                };
+                edges().for_each(|edge| fail(edge, how));
+                sleep(lasts).await;
+                edges().for_each(|edge| edge.set(Mode::Pass));
+                Ok(())
+            }
+            What::Redis => {
+                let (port, server) = self.redis.as_ref().context("there is no Redis")?;
+                *server.lock().await = None;
+                sleep(lasts).await;
+                *server.lock().await = Some(servers::redis(&self.dir, *port).await?);
+                Ok(())
+            }
+            What::Account(number, misfortune) => self.misfortune(number, misfortune, lasts).await,
+        }
+    }
+
+    async fn misfortune(
+        &self,
+        number: usize,
+        misfortune: Misfortune,
+        lasts: Duration,
+    ) -> anyhow::Result<()> {
+        let name = self.accounts[number];
+        let queue = |kind, times| {
+            let fault = upstream::Fault::once(kind).times(times).at(name);
+            self.upstream.fault(fault);
+        };
+        match misfortune {
+            Misfortune::Paused => {
+                self.operate(&["accounts", "pause", name]).await?;
+                sleep(lasts).await;
+                self.operate(&["accounts", "resume", name]).await?;
+                return Ok(());
+            }
+            Misfortune::Limited => queue(
+                Kind::RateLimit {
+                    resets_in: lasts.as_secs(),
+                },
+                1,
+            ),
+            Misfortune::Broken => queue(Kind::Status(500, "server_error".into()), 3),
+            Misfortune::Cut => {
+                queue(Kind::Cut(Stage::BeforeCreated), 1);
+                queue(Kind::Cut(Stage::AfterCreated), 1);
+                queue(Kind::Cut(Stage::Visible), 1);
+                queue(Kind::Cut(Stage::BeforeTerminal), 1);
+            }
+            Misfortune::Closed => {
+                queue(Kind::Close(1011, Stage::BeforeCreated), 1);
+                queue(Kind::Close(1001, Stage::ItemDone), 1);
+            }
+            Misfortune::Silent => queue(Kind::Silence(Stage::Visible), 1),
+            Misfortune::Expired => self.upstream.account(name).expire(),
+        }
+        sleep(lasts).await;
+        if misfortune == Misfortune::Silent {
+            self.upstream.release();
+        }
+        Ok(())
+    }
+
+    async fn signal(&self, number: usize, signal: Signal) -> anyhow::Result<()> {
+        match &mut *self.replicas[number].process.lock().await {
+            Some(daemon) => daemon.signal(signal),
+            None => Ok(()),
+        }
+    }
+
+    /// As the kernel, or a balancer, does for a process that is gone.
+    fn unreachable(&self, number: usize) {
+        self.replicas[number].clients.set(Mode::Refuse);
+        self.replicas[number].peers.set(Mode::Refuse);
+    }
+
+    /// Returns when a replica has drained.
+    async fn gone(&self, number: usize) -> anyhow::Result<()> {
+        let mut process = self.replicas[number].process.lock().await;
+        let deadline = Instant::now() + START;
+        while let Some(daemon) = process.as_mut() {
+            if let Some(status) = daemon.ended()? {
+                ensure!(status.success(), "a drained replica ended with {status}");
+                break;
+            }
+            ensure!(Instant::now() < deadline, "a replica does not drain");
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+}
+
+impl Replica {
+    fn configure(
+        &mut self,
+        clients: SocketAddr,
+        peers: SocketAddr,
+        database: &str,
+        upstream: &Upstream,
+    ) -> anyhow::Result<()> {
+        let direct = over(&self.postgres, database)?;
+        let pooled = match &self.pooler {
+            Some(pooler) => over(pooler, database)?,
+            None => direct.clone(),
+        };
+        self.settings.extend([
+            ("DRAWBRIDGE_REPLICA_NAME", self.name.clone()),
+            ("DRAWBRIDGE_LISTEN", clients.to_string()),
+            ("DRAWBRIDGE_INTERNAL_LISTEN", peers.to_string()),
+            (
+                "DRAWBRIDGE_INTERNAL_URL",
+                format!("http://{}", self.peers.address),
+            ),
+            ("DRAWBRIDGE_ADMIN_LISTEN", self.admin.to_string()),
+            ("DRAWBRIDGE_DATABASE_URL", pooled),
+            ("DRAWBRIDGE_DATABASE_DIRECT_URL", direct),
+            (
+                "DRAWBRIDGE_UPSTREAM_URL",
+                over(&self.upstream, &upstream.url())?,
+            ),
+            (
+                "DRAWBRIDGE_AUTH_URL",
+                over(&self.upstream, &upstream.auth_url())?,
+            ),
+        ]);
+        let redis = self.redis.as_ref();
+        self.settings.extend(
+            redis.map(|edge| ("DRAWBRIDGE_REDIS_URL", format!("redis://{}", edge.address))),
+        );
+        Ok(())
+    }
+
+    fn edges(&self, side: Side) -> impl Iterator<Item = &Edge> {
+        let (one, other) = match side {
+            Side::Clients => (Some(&self.clients), None),
+            Side::Peers => (Some(&self.peers), None),
+            Side::Postgres => (Some(&self.postgres), self.pooler.as_ref()),
+            Side::Redis => (self.redis.as_ref(), None),
+            Side::Upstream => (Some(&self.upstream), None),
+        };
+        one.into_iter().chain(other)
+    }
+}
+
+fn fail(edge: &Edge, how: Break) {
+    let mode = match how {
+        Break::Cut => Mode::Pass,
+        Break::Refuse => Mode::Refuse,
+        Break::BlackHole => Mode::BlackHole,
+        Break::Delay => Mode::Delay(DELAY),
+        Break::HalfOpen => Mode::HalfOpen,
+    };
+    edge.set(mode);
+    if matches!(how, Break::Cut | Break::Refuse) {
+        edge.cut();
+    }
+}
+
+fn local() -> anyhow::Result<SocketAddr> {
+    Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
+}
+
+/// Where a URL leads.
+fn target(url: &str) -> anyhow::Result<SocketAddr> {
+    let url: Url = url.parse()?;
+    let addresses = url.socket_addrs(|| None)?;
+    addresses.first().copied().context("an address")
+}
+
+/// A URL by way of an edge.
+fn over(edge: &Edge, url: &str) -> anyhow::Result<String> {
+    let mut url: Url = url.parse()?;
+    url.set_port(Some(edge.address.port()))
+        .ok()
+        .context("a URL with a host")?;
+    Ok(url.to_string().trim_end_matches('/').to_owned())
+}

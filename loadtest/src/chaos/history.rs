@@ -1,0 +1,210 @@
+//! What everybody saw, as the checker reads it. Times are milliseconds of the machine's wall clock since 1970.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::plan::What;
+use crate::upstream::Attempt;
+
+/// Everything about a run.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct History {
+    /// By the clients, in the order in which they ended.
+    pub calls: Vec<Call>,
+    /// By the fake upstream, in the order of arrival.
+    pub attempts: Vec<Attempt>,
+    /// What it would not have forgiven.
+    pub upstream_violations: Vec<String>,
+    /// What went wrong by plan.
+    pub faults: Vec<Struck>,
+    /// The ledger at the end, oldest turn first.
+    pub turns: Vec<Turn>,
+    /// The leases at the end.
+    pub leases: Vec<Lease>,
+    /// Leases as they were seen during the run, in order.
+    pub sightings: Vec<Lease>,
+    /// Replicas that were alive at the end and not ready.
+    pub unready: Vec<String>,
+}
+
+/// How a client goes on with its conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Style {
+    /// HTTP, by `previous_response_id` alone.
+    Chain,
+    /// HTTP, by token and `previous_response_id`.
+    Token,
+    /// HTTP, everything again under a session header.
+    Session,
+    /// HTTP as the Codex CLI: everything again, client turns, retries.
+    Codex,
+    /// A WebSocket as the Codex CLI.
+    CodexSocket,
+    /// A WebSocket, by `previous_response_id` on whatever socket.
+    ChainSocket,
+}
+
+/// One request of a client and its end.
+#[derive(Clone, Debug, Serialize)]
+pub struct Call {
+    /// The user's message, which no other turn has; retries share it.
+    pub tag: String,
+    /// Under which key.
+    pub key: usize,
+    /// How.
+    pub style: Style,
+    /// The client's turn, where it names one.
+    pub client_turn: Option<String>,
+    /// `previous_response_id`.
+    pub continues: Option<String>,
+    /// The conversation that it means, oldest message first, as [`said`] writes it.
+    pub meant: Vec<String>,
+    /// Whether it goes on with what is not its own.
+    pub intrudes: bool,
+    /// When it was sent.
+    pub began: u64,
+    /// When its end was known.
+    pub ended: u64,
+    /// What came.
+    pub end: End,
+}
+
+/// What came of a call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// A completed response.
+    Completed {
+        /// Its id.
+        id: String,
+        /// Its text.
+        text: String,
+    },
+    /// An error, as status or in the stream.
+    Failed {
+        /// Of HTTP, or of the frame; 200 in a stream.
+        status: u16,
+        /// `error.code`, else `error.type`.
+        code: String,
+        /// What is missing of OpenAI's envelope.
+        flaw: Option<String>,
+    },
+    /// The connection ended before the answer did.
+    Broken(String),
+    /// The client left.
+    Left,
+}
+
+/// A fault that was done.
+#[derive(Clone, Debug, Serialize)]
+pub struct Struck {
+    /// What.
+    pub what: What,
+    /// From.
+    pub from: u64,
+    /// To; later than planned where something took time to end.
+    pub to: u64,
+}
+
+/// A row of the ledger.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Turn {
+    /// `turn_id`.
+    pub id: String,
+    /// Which client turn, or user's message, if that is known.
+    pub tag: Option<String>,
+    /// `client_turn_id`.
+    pub client_turn: Option<String>,
+    /// `open`, `settled` or `released`.
+    pub state: String,
+    /// How it ended.
+    pub outcome: Option<String>,
+    /// The response's id.
+    pub response: Option<String>,
+    /// The request that held it last.
+    pub request: String,
+    /// Of the lease.
+    pub lease: Option<String>,
+    /// Of the lease.
+    pub generation: Option<i64>,
+    /// The incarnation that held it last.
+    pub boot: String,
+    /// Its tries.
+    pub attempts: Vec<Booked>,
+    /// Sums as they are booked: input, cached, output, reasoning.
+    pub sums: [u64; 4],
+    /// When it was opened first, from its id.
+    pub born: u64,
+    /// When it was opened last.
+    pub opened: u64,
+    /// When it was settled.
+    pub settled: Option<u64>,
+}
+
+/// An element of `turns.attempts`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Booked {
+    /// The account's name.
+    pub account: String,
+    /// `completed`, or a class of failure.
+    pub class: Option<String>,
+    /// Input, cached, output, reasoning.
+    pub usage: [u64; 4],
+    /// Whether that is a guess.
+    pub estimated: bool,
+}
+
+/// A row of the leases.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Lease {
+    /// `lease_id`.
+    pub id: String,
+    /// The fencing token.
+    pub generation: i64,
+    /// `owner_boot`.
+    pub owner: Option<String>,
+    /// The request whose turn runs on it.
+    pub busy: Option<String>,
+}
+
+/// The messages of a conversation as items, each as `role: text`. What is no message is left out: whether thoughts go with a conversation
+/// is upstream's affair.
+#[must_use]
+pub fn said(items: &[Value]) -> Vec<String> {
+    let messages = items.iter().filter(|item| item["role"].is_string());
+    let text = |item: &Value| match &item["content"] {
+        Value::String(text) => text.clone(),
+        content => {
+            let parts = content.as_array().into_iter().flatten();
+            parts.filter_map(|part| part["text"].as_str()).collect()
+        }
+    };
+    messages
+        .map(|item| {
+            format!(
+                "{}: {}",
+                item["role"].as_str().unwrap_or_default(),
+                text(item)
+            )
+        })
+        .collect()
+}
+
+/// The message that an attempt answers.
+#[must_use]
+pub fn tag(attempt: &Attempt) -> Option<String> {
+    let mut said = said(&attempt.history);
+    if said.is_empty() {
+        // Refused before it was looked at.
+        said = attempt.body["input"]
+            .as_array()
+            .map(|items| self::said(items))
+            .unwrap_or_default();
+    }
+    let newest = said
+        .iter()
+        .rev()
+        .find_map(|line| line.strip_prefix("user: "));
+    newest.map(str::to_owned)
+}

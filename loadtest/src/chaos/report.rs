@@ -1,0 +1,155 @@
+//! What a run came to, as numbers and as a table.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::Serialize;
+
+use super::{
+    check::Violation,
+    history::{End, History},
+    plan::{Break, What},
+};
+
+/// The numbers of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// From which all of it was drawn.
+    pub seed: u64,
+    /// How long the clients talked.
+    pub seconds: u64,
+    /// How many.
+    pub replicas: usize,
+    /// How many.
+    pub clients: usize,
+    /// Faults by kind.
+    pub faults: BTreeMap<String, u64>,
+    /// Calls of clients by their style and end.
+    pub calls: BTreeMap<String, u64>,
+    /// Errors that clients got, by code.
+    pub errors: BTreeMap<String, u64>,
+    /// Turns in the ledger by outcome.
+    pub turns: BTreeMap<String, u64>,
+    /// Attempts at upstream.
+    pub attempts: u64,
+    /// Attempts that the ledger has only guessed the usage of.
+    pub estimated: u64,
+    /// Requests by what became of their conversation, and why.
+    pub bridge: BTreeMap<String, u64>,
+    /// Generations that leases got after their first.
+    pub moves: u64,
+    /// Promises that were broken.
+    pub violations: Vec<Violation>,
+}
+
+impl Report {
+    /// Counts. What only the run knows is left empty.
+    #[must_use]
+    pub fn of(history: &History, violations: Vec<Violation>) -> Self {
+        let mut calls = BTreeMap::new();
+        let mut errors = BTreeMap::new();
+        for call in &history.calls {
+            let (end, error) = match &call.end {
+                End::Completed { .. } => ("completed", None),
+                End::Failed { code, .. } => ("failed", Some(code.as_str())),
+                End::Broken(_) => ("broken", Some("(connection broken)")),
+                End::Left => ("left", None),
+            };
+            let style = match call.intrudes {
+                true => "Intruder".to_owned(),
+                false => format!("{:?}", call.style),
+            };
+            count(&mut calls, format!("{style} {end}"));
+            if let Some(error) = error {
+                count(&mut errors, error.to_owned());
+            }
+        }
+        let mut faults = BTreeMap::new();
+        for fault in &history.faults {
+            count(&mut faults, kind(fault.what));
+        }
+        let mut turns = BTreeMap::new();
+        for turn in &history.turns {
+            let outcome = turn.outcome.as_deref().unwrap_or("-");
+            count(&mut turns, format!("{} {outcome}", turn.state));
+        }
+        let booked = history.turns.iter().flat_map(|turn| &turn.attempts);
+        let mut seen: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
+        for lease in history.sightings.iter().chain(&history.leases) {
+            let generations = seen.entry(&lease.id).or_default();
+            if !generations.contains(&lease.generation) {
+                generations.push(lease.generation);
+            }
+        }
+        Self {
+            seed: 0,
+            seconds: 0,
+            replicas: 0,
+            clients: 0,
+            faults,
+            calls,
+            errors,
+            turns,
+            attempts: history.attempts.len() as u64,
+            estimated: booked.filter(|attempt| attempt.estimated).count() as u64,
+            bridge: BTreeMap::new(),
+            moves: seen.values().map(|all| all.len() as u64 - 1).sum(),
+            violations,
+        }
+    }
+}
+
+fn count(counts: &mut BTreeMap<String, u64>, name: String) {
+    *counts.entry(name).or_default() += 1;
+}
+
+fn kind(what: What) -> String {
+    match what {
+        What::Kill(_) => "SIGKILL and restart".into(),
+        What::Pause(_) => "SIGSTOP, SIGCONT".into(),
+        What::Drain(_) => "SIGTERM, drain, restart".into(),
+        What::Edge(_, side, how) => format!("edge to {side:?}: {how:?}").to_lowercase(),
+        What::Postgres(how @ (Break::Cut | Break::Delay)) => {
+            format!("postgres for all: {how:?}").to_lowercase()
+        }
+        What::Postgres(how) => format!("postgres away for all: {how:?}").to_lowercase(),
+        What::Redis => "redis killed, restarted".into(),
+        What::Account(_, misfortune) => format!("account: {misfortune:?}").to_lowercase(),
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            seed,
+            seconds,
+            replicas,
+            clients,
+            attempts,
+            estimated,
+            moves,
+            ..
+        } = self;
+        writeln!(
+            out,
+            "seed {seed}: {seconds} s, {replicas} replicas, {clients} clients, {attempts} attempts upstream, {estimated} of them guessed, \
+             {moves} moves of leases"
+        )?;
+        for (title, counts) in [
+            ("faults", &self.faults),
+            ("calls of clients", &self.calls),
+            ("errors that clients saw", &self.errors),
+            ("turns in the ledger", &self.turns),
+            ("requests by bridge outcome", &self.bridge),
+        ] {
+            writeln!(out, "\n{title}")?;
+            for (name, count) in counts {
+                writeln!(out, "  {count:>7}  {name}")?;
+            }
+        }
+        writeln!(out, "\nviolations: {}", self.violations.len())?;
+        for violation in &self.violations {
+            writeln!(out, "  {}: {}", violation.rule, violation.what)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,184 @@
+//! The servers around the replicas, each private to the run: Postgres, and `PgBouncer` and Redis where they are installed.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::{fs::chown, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::process::{Signal, geteuid};
+use tokio::net::TcpStream;
+
+use crate::process::{Daemon, free_port};
+
+/// The OS user for what refuses root.
+const NOBODY: u32 = 65534;
+const USER: &str = "drawbridge";
+
+/// A server that listens on a port.
+pub(super) struct Server {
+    daemon: Daemon,
+    pub(super) address: SocketAddr,
+    /// How it is asked to end at once.
+    end: Signal,
+}
+
+impl Server {
+    async fn start(
+        mut command: Command,
+        port: u16,
+        log: PathBuf,
+        end: Signal,
+    ) -> anyhow::Result<Self> {
+        command.current_dir("/").stdin(Stdio::null());
+        let mut server = Self {
+            daemon: Daemon::start(command, log)?,
+            address: (Ipv4Addr::LOCALHOST, port).into(),
+            end,
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(server.address).await.is_err() {
+            server.daemon.alive()?;
+            ensure!(Instant::now() < deadline, "it does not listen");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The daemon's own drop waits for it, and makes sure.
+        drop(self.daemon.signal(self.end));
+    }
+}
+
+/// An empty Postgres; yields it and its URL.
+pub(super) async fn postgres(dir: &Path) -> anyhow::Result<(Server, String)> {
+    let bin = programs().context("Postgres is not installed")?;
+    let data = private(dir, "postgres")?;
+    let mut command = Command::new(bin.join("initdb"));
+    command
+        .args(["--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C"])
+        .args(["--username", USER, "--pgdata"])
+        .arg(&data)
+        .current_dir("/");
+    demoted(&mut command);
+    let made = tokio::process::Command::from(command).output().await?;
+    ensure!(
+        made.status.success(),
+        "initdb: {}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+    let port = free_port()?;
+    let mut command = Command::new(bin.join("postgres"));
+    command.arg("-D").arg(&data).args([
+        "-k",
+        "",
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        &format!("port={port}"),
+        "-c",
+        "max_connections=300",
+        "-c",
+        "fsync=off",
+    ]);
+    demoted(&mut command);
+    let log = dir.join("postgres.log");
+    let server = Server::start(command, port, log, Signal::INT).await?;
+    let url = format!("postgres://{USER}@{}/postgres", server.address);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while tokio_postgres::connect(&url, tokio_postgres::NoTls)
+        .await
+        .is_err()
+    {
+        ensure!(Instant::now() < deadline, "Postgres takes no connections");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok((server, url))
+}
+
+/// A pooler in transaction mode before a Postgres; `None` where the program is missing.
+pub(super) async fn pgbouncer(dir: &Path, postgres: SocketAddr) -> anyhow::Result<Option<Server>> {
+    let Some(program) = find("pgbouncer") else {
+        return Ok(None);
+    };
+    let home = private(dir, "pgbouncer")?;
+    let port = free_port()?;
+    let (config, users) = (home.join("pgbouncer.ini"), home.join("users"));
+    let text = format!(
+        "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+         pool_mode = transaction\nauth_type = trust\nauth_file = {}\nmax_client_conn = 1000\n",
+        postgres.ip(),
+        postgres.port(),
+        users.display(),
+    );
+    fs::write(&config, text)?;
+    fs::write(&users, format!("\"{USER}\" \"\"\n"))?;
+    let mut command = Command::new(program);
+    command.arg("--quiet").arg(&config);
+    demoted(&mut command);
+    let log = dir.join("pgbouncer.log");
+    Server::start(command, port, log, Signal::TERM)
+        .await
+        .map(Some)
+}
+
+/// Whether there can be a Redis.
+pub(super) fn has_redis() -> bool {
+    find("redis-server").is_some()
+}
+
+/// A Redis that keeps nothing, on a port.
+pub(super) async fn redis(dir: &Path, port: u16) -> anyhow::Result<Server> {
+    let Some(program) = find("redis-server") else {
+        bail!("Redis is not installed");
+    };
+    let mut command = Command::new(program);
+    command
+        .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .args(["--port", &port.to_string()]);
+    let log = dir.join("redis.log");
+    Server::start(command, port, log, Signal::KILL).await
+}
+
+/// A directory that the server's user owns.
+fn private(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let path = dir.join(name);
+    fs::create_dir_all(&path)?;
+    if geteuid().is_root() {
+        chown(&path, Some(NOBODY), Some(NOBODY))?;
+    }
+    Ok(path)
+}
+
+fn demoted(command: &mut Command) {
+    if geteuid().is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+}
+
+/// A program on the path, or where Debian keeps those of administrators.
+fn find(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let places: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    let further = ["/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"].map(PathBuf::from);
+    places
+        .into_iter()
+        .chain(further)
+        .map(|place| place.join(name))
+        .find(|program| program.is_file())
+}
+
+/// Where the newest Postgres has its programs.
+fn programs() -> Option<PathBuf> {
+    let families = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
+    let versions = families.filter_map(|entry| Some(entry.ok()?.path().join("bin")));
+    let debian = versions.filter(|bin| bin.join("initdb").is_file()).max();
+    debian.or_else(|| find("initdb").and_then(|program| Some(program.parent()?.to_owned())))
+}
