@@ -143,6 +143,21 @@ pub fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
+/// A free port that no system hands out by itself: a server that comes back later finds it free again.
+///
+/// # Errors
+/// If there is none.
+pub fn lasting_port() -> io::Result<u16> {
+    // Linux gives outgoing connections 32768 and more.
+    let mut ports = std::iter::repeat_with(|| rand::random_range(20_000..32_000));
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    ports
+        .by_ref()
+        .take(1_000)
+        .find(free)
+        .ok_or_else(|| io::ErrorKind::AddrInUse.into())
+}
+
 /// Ends when this process is asked to: Ctrl-C or SIGTERM.
 ///
 /// # Errors

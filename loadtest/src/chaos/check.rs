@@ -57,7 +57,7 @@ const ECHO: u64 = 5_000;
 
 /// Everything that is wrong.
 #[must_use]
-pub fn check(history: &History) -> Vec<Violation> {
+pub(super) fn check(history: &History) -> Vec<Violation> {
     let mut found = Vec::new();
     found.extend(closed(&history.turns));
     found.extend(booked_once(history));

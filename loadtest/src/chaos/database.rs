@@ -19,7 +19,8 @@ pub(super) async fn connect(url: &str) -> anyhow::Result<Client> {
 /// Leases that moved in the last seconds, or all.
 pub(super) async fn leases(client: &Client, all: bool) -> anyhow::Result<Vec<Lease>> {
     let query = "
-        select lease_id::text, generation, owner_boot::text, busy_turn::text from http_bridge_leases
+        select lease_id::text, generation, owner_boot::text, case when r.dead_at is null then busy_turn::text end
+        from http_bridge_leases l left join bridge_replicas r on r.boot_id = l.owner_boot
         where $1 or last_turn_at > clock_timestamp() - interval '20 s'";
     let rows = client.query(query, &[&all]).await?;
     let lease = |row: &tokio_postgres::Row| Lease {
@@ -34,7 +35,9 @@ pub(super) async fn leases(client: &Client, all: bool) -> anyhow::Result<Vec<Lea
 /// How many turns are open, or leases busy.
 pub(super) async fn unfinished(client: &Client) -> anyhow::Result<i64> {
     let query = "
-        select (select count(*) from turns where state = 'open') + (select count(*) from http_bridge_leases where busy_turn is not null)";
+        select (select count(*) from turns where state = 'open') + (
+            select count(*) from http_bridge_leases l left join bridge_replicas r on r.boot_id = l.owner_boot
+            where l.busy_turn is not null and r.dead_at is null)";
     Ok(client.query_one(query, &[]).await?.get(0))
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use reqwest::Url;
 use rustix::process::Signal;
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     clock,
     edge::{Edge, Mode},
-    process::{Daemon, free_port},
+    process::{Daemon, lasting_port},
     upstream::{self, Kind, Stage, Upstream},
 };
 
@@ -87,7 +87,7 @@ impl Fleet {
         let (postgres, database) = servers::postgres(dir).await?;
         let pooler = servers::pgbouncer(dir, postgres.address).await?;
         let redis = if servers::has_redis() {
-            let port = free_port()?;
+            let port = lasting_port()?;
             let server = servers::redis(dir, port).await?;
             Some((port, tokio::sync::Mutex::new(Some(server))))
         } else {
@@ -231,7 +231,11 @@ impl Fleet {
         let mut process = replica.process.lock().await;
         let deadline = Instant::now() + START;
         loop {
-            ensure!(Instant::now() < deadline, "{} does not start", replica.name);
+            if Instant::now() > deadline {
+                let ended = process.as_mut().map(Daemon::alive).transpose();
+                ended.with_context(|| replica.name.clone())?;
+                bail!("{} does not get ready", replica.name);
+            }
             let ended = match process.as_mut() {
                 Some(daemon) => daemon.ended()?.is_some(),
                 None => true,
@@ -495,7 +499,7 @@ fn fail(edge: &Edge, how: Break) {
 }
 
 fn local() -> anyhow::Result<SocketAddr> {
-    Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
+    Ok((Ipv4Addr::LOCALHOST, lasting_port()?).into())
 }
 
 /// Where a URL leads.

@@ -164,14 +164,14 @@ pub struct Lease {
     pub generation: i64,
     /// `owner_boot`.
     pub owner: Option<String>,
-    /// The request whose turn runs on it.
+    /// The request whose turn runs on it; what an owner that was buried left there is the next one's to wipe.
     pub busy: Option<String>,
 }
 
 /// The messages of a conversation as items, each as `role: text`. What is no message is left out: whether thoughts go with a conversation
 /// is upstream's affair.
 #[must_use]
-pub fn said(items: &[Value]) -> Vec<String> {
+pub(super) fn said(items: &[Value]) -> Vec<String> {
     let messages = items.iter().filter(|item| item["role"].is_string());
     let text = |item: &Value| match &item["content"] {
         Value::String(text) => text.clone(),
@@ -193,7 +193,7 @@ pub fn said(items: &[Value]) -> Vec<String> {
 
 /// The message that an attempt answers.
 #[must_use]
-pub fn tag(attempt: &Attempt) -> Option<String> {
+pub(super) fn tag(attempt: &Attempt) -> Option<String> {
     let mut said = said(&attempt.history);
     if said.is_empty() {
         // Refused before it was looked at.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 /// One fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub(super) struct Fault {
     /// When it begins, in milliseconds from the start of the load.
     pub at: u64,
     /// How long it lasts, in milliseconds.
@@ -90,7 +90,7 @@ pub enum Misfortune {
 
 /// What there is to break.
 #[derive(Clone, Copy, Debug)]
-pub struct Extent {
+pub(super) struct Extent {
     /// Of the load, in milliseconds.
     pub length: u64,
     /// How many.
@@ -129,7 +129,7 @@ const MISFORTUNES: [Misfortune; 7] = [
 
 /// The faults of a run, by their beginning. All are over when the load ends.
 #[must_use]
-pub fn plan(seed: u64, extent: Extent) -> Vec<Fault> {
+pub(super) fn plan(seed: u64, extent: Extent) -> Vec<Fault> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut faults: Vec<Fault> = Vec::new();
     let mut at = extent.gap;

@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Signal, geteuid};
 use tokio::net::TcpStream;
 
-use crate::process::{Daemon, free_port};
+use crate::process::{Daemon, lasting_port};
 
 /// The OS user for what refuses root.
 const NOBODY: u32 = 65534;
@@ -74,7 +74,7 @@ pub(super) async fn postgres(dir: &Path) -> anyhow::Result<(Server, String)> {
         "initdb: {}",
         String::from_utf8_lossy(&made.stderr)
     );
-    let port = free_port()?;
+    let port = lasting_port()?;
     let mut command = Command::new(bin.join("postgres"));
     command.arg("-D").arg(&data).args([
         "-k",
@@ -109,7 +109,7 @@ pub(super) async fn pgbouncer(dir: &Path, postgres: SocketAddr) -> anyhow::Resul
         return Ok(None);
     };
     let home = private(dir, "pgbouncer")?;
-    let port = free_port()?;
+    let port = lasting_port()?;
     let (config, users) = (home.join("pgbouncer.ini"), home.join("users"));
     let text = format!(
         "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
