@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check bench
+.PHONY: run demo test check bench chaos
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -31,3 +31,9 @@ bench:
 	@scripts/install-tools postgres nginx
 	$(CARGO) build --quiet --release --workspace
 	@target/release/loadtest bench --drawbridge target/release/drawbridge
+
+## chaos: breaks three replicas and the network around them for ten minutes and checks every history; writes loadtest/results (CHAOS="--minutes 3 --seed 7")
+chaos:
+	@scripts/install-tools postgres pgbouncer redis
+	$(CARGO) build --quiet --release --workspace
+	@target/release/loadtest chaos --drawbridge target/release/drawbridge $(CHAOS)

@@ -118,8 +118,9 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     fleet.upstream.release();
     quiet(&look).await?;
     let accounts = database::accounts(&look).await?;
+    let calls = std::mem::take(&mut *crowd.calls.lock().unwrap_or_else(PoisonError::into_inner));
     let history = History {
-        calls: std::mem::take(&mut *crowd.calls.lock().unwrap_or_else(PoisonError::into_inner)),
+        calls,
         attempts: fleet.upstream.attempts(),
         upstream_violations: fleet.upstream.violations(),
         faults: fleet.struck(),

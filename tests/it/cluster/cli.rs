@@ -8,10 +8,11 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
+use loadtest::edge::Mode;
+
 use crate::support::{
     cluster::{Cluster, Plan},
     codex::{AppServer, Codex, WIRES, Wire},
-    edge::Mode,
     wait::until,
 };
 

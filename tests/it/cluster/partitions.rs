@@ -8,9 +8,10 @@ use reqwest::RequestBuilder;
 use serde_json::json;
 use tokio::time::{sleep, timeout};
 
+use loadtest::edge::Mode;
+
 use crate::support::{
     cluster::{Answer, Cluster, Plan, script},
-    edge::Mode,
     wait::until,
 };
 

@@ -1,1 +1,304 @@
+//! A history that keeps every promise, and what each checker says when one is broken.
+
+use serde_json::json;
+
 use super::*;
+use crate::{
+    chaos::{
+        history::Booked,
+        plan::{Break, Misfortune},
+    },
+    upstream::{Attempt, Usage},
+};
+
+const USAGE: [u64; 4] = [100, 25, 9, 3];
+
+fn call(tag: &str, continues: Option<&str>, meant: &[&str], id: &str) -> Call {
+    Call {
+        tag: tag.into(),
+        key: 0,
+        style: Style::Chain,
+        client_turn: None,
+        continues: continues.map(str::to_owned),
+        meant: meant.iter().map(|line| (*line).to_owned()).collect(),
+        intrudes: false,
+        began: 1_000,
+        ended: 2_000,
+        end: End::Completed {
+            id: id.into(),
+            text: format!("echo: {tag}.."),
+        },
+    }
+}
+
+fn attempt(n: usize, meant: &[&str], id: &str) -> Attempt {
+    let item = |line: &&str| {
+        let (role, text) = line.split_once(": ").unwrap();
+        json!({ "type": "message", "role": role, "content": [{ "text": text }] })
+    };
+    serde_json::from_value(json!({
+        "n": n, "at": 1_100, "account": "alice", "transport": "websocket", "client_turn_id": null, "model": "m", "status": 200, "headers": {},
+        "body": {}, "history": meant.iter().map(item).collect::<Vec<_>>(), "response_id": id, "completed": true, "cut": false, "socket": 1,
+        "usage": Usage { input: USAGE[0], cached: USAGE[1], output: USAGE[2], reasoning: USAGE[3] },
+    }))
+    .unwrap()
+}
+
+fn turn(tag: &str, id: &str) -> Turn {
+    Turn {
+        id: format!("turn of {tag}"),
+        tag: Some(tag.into()),
+        client_turn: Some(tag.into()),
+        state: "settled".into(),
+        outcome: Some("completed".into()),
+        response: Some(id.into()),
+        request: format!("request of {tag}"),
+        lease: Some("lease".into()),
+        generation: Some(7),
+        boot: "boot".into(),
+        attempts: vec![Booked {
+            account: "alice".into(),
+            class: Some("completed".into()),
+            usage: USAGE,
+            estimated: false,
+        }],
+        sums: USAGE,
+        born: 1_000,
+        opened: 1_000,
+        settled: Some(1_900),
+    }
+}
+
+fn lease(generation: i64, owner: &str) -> Lease {
+    Lease {
+        id: "lease".into(),
+        generation,
+        owner: Some(owner.into()),
+        busy: None,
+    }
+}
+
+const FIRST: [&str; 1] = ["user: a"];
+const SECOND: [&str; 3] = ["user: a", "assistant: echo: a..", "user: b"];
+
+/// Two turns of a conversation, as they should be.
+fn good() -> History {
+    History {
+        calls: vec![
+            call("a", None, &FIRST, "resp_1"),
+            call("b", Some("resp_1"), &SECOND, "resp_2"),
+        ],
+        attempts: vec![attempt(0, &FIRST, "resp_1"), attempt(1, &SECOND, "resp_2")],
+        turns: vec![turn("a", "resp_1"), turn("b", "resp_2")],
+        leases: vec![lease(7, "boot")],
+        sightings: vec![lease(7, "boot")],
+        ..History::default()
+    }
+}
+
+/// What is found after something was changed.
+fn after(change: impl FnOnce(&mut History)) -> Vec<&'static str> {
+    let mut history = good();
+    change(&mut history);
+    let mut rules: Vec<_> = check(&history).iter().map(|found| found.rule).collect();
+    rules.dedup();
+    rules
+}
+
+fn strike(history: &mut History, what: What) {
+    history.faults.push(Struck {
+        what,
+        from: 900,
+        to: 2_100,
+    });
+}
+
+fn fail(call: &mut Call, code: &str) {
+    call.end = End::Failed {
+        status: 400,
+        code: code.into(),
+        flaw: None,
+    };
+}
+
+const NOTHING: [&str; 0] = [];
+const AWAY: What = What::Edge(0, Side::Postgres, Break::BlackHole);
+
+#[test]
+fn a_good_history_breaks_no_promise() {
+    assert_eq!(check(&good()), []);
+}
+
+#[test]
+fn every_turn_is_closed_and_no_lease_busy_with_one_that_is() {
+    assert_eq!(
+        after(|history| history.turns[0].state = "open".into()),
+        ["open_turn"]
+    );
+    let busy = |history: &mut History| history.leases[0].busy = Some("request of a".into());
+    assert_eq!(after(busy), ["busy_lease"]);
+}
+
+#[test]
+fn a_client_turn_has_a_second_row_only_for_a_reason() {
+    let again = |history: &mut History| {
+        history.turns[1].client_turn = Some("a".into());
+        history.turns[1].born = 2_000;
+        history.turns[0].outcome = Some("failed".into());
+    };
+    assert_eq!(after(again), ["booked_twice"]);
+    let blind = |history: &mut History| {
+        again(history);
+        strike(history, AWAY);
+    };
+    assert_eq!(after(blind), NOTHING);
+    let running = |history: &mut History| {
+        again(history);
+        history.turns[0].settled = Some(2_500);
+    };
+    assert_eq!(after(running), NOTHING);
+}
+
+#[test]
+fn what_a_client_got_is_upstreams_answer_to_it_and_booked() {
+    let swapped = |history: &mut History| {
+        let (one, other) = history.calls.split_at_mut(1);
+        std::mem::swap(&mut one[0].end, &mut other[0].end);
+    };
+    assert_eq!(after(swapped), ["foreign_answer"]);
+    let unbooked = |history: &mut History| history.turns[1].response = None;
+    assert_eq!(after(unbooked), ["delivered_unbooked"]);
+    let twice = |history: &mut History| history.turns[0].response = Some("resp_2".into());
+    assert_eq!(after(twice), ["delivered_unbooked"]);
+}
+
+#[test]
+fn upstream_sees_the_conversation_that_was_meant() {
+    let lost = |history: &mut History| drop(history.attempts[1].history.remove(0));
+    assert_eq!(after(lost), ["history"]);
+    let doubled = |history: &mut History| {
+        let item = history.attempts[1].history[0].clone();
+        history.attempts[1].history.insert(0, item);
+    };
+    assert_eq!(after(doubled), ["history"]);
+    let foreign = |history: &mut History| {
+        history.attempts[1].history[0]["content"] = "of another conversation".into();
+    };
+    assert_eq!(after(foreign), ["history"]);
+    let unasked = |history: &mut History| drop(history.calls.remove(1));
+    assert_eq!(after(unasked), ["foreign_message"]);
+}
+
+#[test]
+fn the_books_agree_with_upstream_attempt_by_attempt() {
+    let unbooked = |history: &mut History| history.attempts.push(attempt(2, &FIRST, "resp_3"));
+    assert_eq!(after(unbooked), ["sent_unbooked"]);
+    let unsent = |history: &mut History| drop(history.attempts.pop());
+    assert_eq!(after(unsent), ["foreign_answer", "booked_unsent"]);
+    let wrong = |history: &mut History| history.turns[0].attempts[0].account = "bob".into();
+    assert_eq!(after(wrong), ["sent_unbooked", "booked_unsent"]);
+    let sum = |history: &mut History| history.turns[0].sums[2] += 1;
+    assert_eq!(after(sum), ["sums"]);
+}
+
+#[test]
+fn usage_is_guessed_only_where_something_was_cut() {
+    let guessed = |history: &mut History| {
+        history.turns[0].attempts[0].estimated = true;
+        history.turns[0].attempts[0].usage[0] += 1;
+        history.turns[0].sums[0] += 1;
+    };
+    assert_eq!(after(guessed), ["sent_unbooked", "booked_unsent"]);
+    for what in [What::Kill(0), What::Account(0, Misfortune::Cut)] {
+        let cut = |history: &mut History| {
+            guessed(history);
+            strike(history, what);
+        };
+        assert_eq!(after(cut), NOTHING);
+    }
+}
+
+#[test]
+fn what_was_delivered_complete_can_be_continued() {
+    for code in FORGOTTEN {
+        let forgotten = |history: &mut History| {
+            fail(&mut history.calls[1], code);
+        };
+        assert_eq!(after(forgotten), ["forgotten"]);
+        let away = |history: &mut History| {
+            forgotten(history);
+            strike(history, AWAY);
+        };
+        assert_eq!(after(away), NOTHING);
+    }
+    let repaired = |history: &mut History| {
+        fail(&mut history.calls[1], "previous_response_not_found");
+        history.calls[1].style = Style::CodexSocket;
+    };
+    assert_eq!(after(repaired), NOTHING);
+}
+
+#[test]
+fn a_generation_has_one_owner_and_none_comes_back() {
+    let back = |history: &mut History| history.sightings.push(lease(6, "boot"));
+    assert_eq!(after(back), ["generation"]);
+    let two = |history: &mut History| history.sightings.push(lease(7, "other"));
+    assert_eq!(after(two), ["two_owners"]);
+    let turns = |history: &mut History| history.turns[1].boot = "other".into();
+    assert_eq!(after(turns), ["two_owners"]);
+    let older = |history: &mut History| {
+        history.turns[1].generation = Some(6);
+        history.turns[1].opened = 1_500;
+    };
+    assert_eq!(after(older), ["generation"]);
+    let taken = |history: &mut History| {
+        history.turns[1].generation = Some(8);
+        history.turns[1].boot = "other".into();
+        history.sightings.push(lease(8, "other"));
+    };
+    assert_eq!(after(taken), NOTHING);
+}
+
+#[test]
+fn errors_are_known_well_formed_and_connections_break_for_a_reason() {
+    let unknown = |history: &mut History| fail(&mut history.calls[1], "internal_error");
+    assert_eq!(after(unknown), ["error"]);
+    let known = |history: &mut History| fail(&mut history.calls[1], "upstream_unavailable");
+    assert_eq!(after(known), NOTHING);
+    let bare = |history: &mut History| {
+        let (code, flaw) = ("upstream_error".into(), Some("no error.message".into()));
+        history.calls[1].end = End::Failed {
+            status: 502,
+            code,
+            flaw,
+        };
+    };
+    assert_eq!(after(bare), ["envelope"]);
+    let broken = |history: &mut History| history.calls[1].end = End::Broken("reset".into());
+    assert_eq!(after(broken), ["broken"]);
+    let table = [
+        (What::Kill(1), true),
+        (What::Edge(1, Side::Clients, Break::Cut), true),
+        (What::Edge(1, Side::Peers, Break::Cut), false),
+        (What::Drain(1), false),
+    ];
+    for (what, excused) in table {
+        let found = after(|history| {
+            broken(history);
+            strike(history, what);
+        });
+        assert_eq!(found.is_empty(), excused, "{what:?}");
+    }
+}
+
+#[test]
+fn strangers_are_not_served_and_who_lives_is_ready() {
+    let served = |history: &mut History| history.calls[1].intrudes = true;
+    assert!(after(served).contains(&"scope"));
+    assert_eq!(
+        after(|history| history.unready.push("r1".into())),
+        ["ready"]
+    );
+    let unforgiven = |history: &mut History| history.upstream_violations.push("two".into());
+    assert_eq!(after(unforgiven), ["upstream"]);
+}

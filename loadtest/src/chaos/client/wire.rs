@@ -90,10 +90,10 @@ pub(super) async fn post(crowd: &Crowd, ask: &Ask, leaves: bool) -> Reply {
         _ if streamed => {
             let text = String::from_utf8_lossy(&body);
             let events = text.lines().filter_map(|line| line.strip_prefix("data: "));
-            let ends = events
+            let mut ends = events
                 .filter_map(|data| serde_json::from_str(data).ok())
                 .filter_map(|event| answer::terminal(&event));
-            match ends.last() {
+            match ends.next_back() {
                 Some(terminal) => Reply::of(terminal),
                 None => Reply::broken(end.unwrap_or_else(|| "an early end".into())),
             }
