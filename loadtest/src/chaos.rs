@@ -14,7 +14,7 @@ mod servers;
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -28,7 +28,7 @@ use tokio::{
 pub use self::{check::Violation, report::Report};
 use self::{
     client::{Crowd, talk},
-    fleet::Fleet,
+    fleet::{Counters, Fleet},
     history::{History, Lease},
 };
 use crate::{process::RunDir, say};
@@ -102,10 +102,11 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         talking.spawn(talk(Arc::clone(&crowd), number));
     }
     let look = database::connect(&fleet.database).await?;
-    let mut sightings = Vec::new();
+    let (mut sightings, mut counters) = (Vec::new(), Counters::default());
     tokio::select! {
         struck = strike(options, &fleet) => struck?,
         watched = watch(&look, &mut sightings) => watched?,
+        () = fleet.count(&mut counters) => {}
     }
     say("all faults are over ..");
     end.send_replace(true);
@@ -113,14 +114,14 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     tokio::select! {
         ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")?,
         watched = watch(&look, &mut sightings) => watched?,
+        () = fleet.count(&mut counters) => {}
     }
     fleet.upstream.no_faults();
     fleet.upstream.release();
     quiet(&look).await?;
     let accounts = database::accounts(&look).await?;
-    let calls = std::mem::take(&mut *crowd.calls.lock().unwrap_or_else(PoisonError::into_inner));
     let history = History {
-        calls,
+        calls: crowd.taken(),
         attempts: fleet.upstream.attempts(),
         upstream_violations: fleet.upstream.violations(),
         faults: fleet.struck(),
@@ -136,6 +137,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         replicas,
         clients,
         bridge: database::outcomes(&look).await?,
+        counters: counters.sums(),
         ..Report::of(&history, violations)
     };
     if !report.violations.is_empty() {

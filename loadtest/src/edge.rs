@@ -24,6 +24,8 @@ use tokio::{
     time::sleep,
 };
 
+use crate::process::lasting_port;
+
 /// What an edge does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -71,7 +73,9 @@ impl Edge {
     /// # Panics
     /// If no port can be had.
     pub async fn before(targets: &[SocketAddr], seed: u64) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        // One that nobody is given while new connections are refused.
+        let port = lasting_port().expect("a free port");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
             .await
             .expect("a free port");
         let address = listener

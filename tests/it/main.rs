@@ -10,6 +10,7 @@ mod accounts_command;
 mod architecture;
 mod bad_input;
 mod bus;
+mod chaos;
 mod cluster;
 mod codex;
 mod credentials;

@@ -55,6 +55,11 @@ impl Crowd {
             .push(call);
     }
 
+    /// What happened until now.
+    pub(super) fn taken(&self) -> Vec<Call> {
+        std::mem::take(&mut self.calls.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn is_over(&self) -> bool {
         *self.over.borrow()
     }

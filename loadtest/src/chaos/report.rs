@@ -35,6 +35,8 @@ pub struct Report {
     pub estimated: u64,
     /// Requests by what became of their conversation, and why.
     pub bridge: BTreeMap<String, u64>,
+    /// What the replicas themselves counted of decisions, takes and fences; forwards are counted by who sends them.
+    pub counters: BTreeMap<String, u64>,
     /// Generations that leases got after their first.
     pub moves: u64,
     /// Promises that were broken.
@@ -92,6 +94,7 @@ impl Report {
             attempts: history.attempts.len() as u64,
             estimated: booked.filter(|attempt| attempt.estimated).count() as u64,
             bridge: BTreeMap::new(),
+            counters: BTreeMap::new(),
             moves: seen.values().map(|all| all.len() as u64 - 1).sum(),
             violations,
         }
@@ -140,6 +143,7 @@ impl fmt::Display for Report {
             ("errors that clients saw", &self.errors),
             ("turns in the ledger", &self.turns),
             ("requests by bridge outcome", &self.bridge),
+            ("counters of the replicas", &self.counters),
         ] {
             writeln!(out, "\n{title}")?;
             for (name, count) in counts {
