@@ -346,7 +346,8 @@ impl<'a> Turn<'a> {
                     return Finish::Stop(stop);
                 }
             }
-            let next = if forgotten { RETELL } else { next };
+            let disowned = phase < Phase::Visible && self.disown(&failure, carrier);
+            let next = if forgotten || disowned { RETELL } else { next };
             match next {
                 Next::Surface => return Finish::Stop(Stop::upstream(failure, told)),
                 Next::NextAccount => self.tried.push(account),
@@ -520,7 +521,7 @@ impl Stop {
     }
 }
 
-/// Upstream is told everything on another socket; that is no fault of the account's.
+/// Upstream is told everything again, in another way; that is no fault of the account's.
 const RETELL: Next = Next::SameAccount {
     after_refresh: false,
 };

@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::support::{
     codex_socket::create,
-    house::{House, events, text_of},
+    house::{House, codex_body, events, text_of},
 };
 
 const CODEX: &str = "/backend-api/codex/responses";
@@ -47,6 +47,39 @@ async fn blocks(house: &House) -> Vec<(String, f64, f64, bool)> {
         assert!(Instant::now() < deadline, "no block was written");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+#[tokio::test]
+async fn another_account_goes_on_without_the_thoughts_that_it_cannot_read() {
+    let house = House::with(&["alice", "bob"]).await;
+    let ask = async |body: &Value, thread: &str| {
+        let request = house.post(CODEX).header("thread-id", thread);
+        let answer = events(request.json(body).send().await.unwrap()).await;
+        let last = answer.last().unwrap().clone();
+        assert_eq!(last["type"], "response.completed", "{last}");
+        last["response"]["output"].as_array().unwrap().clone()
+    };
+    let mut body = codex_body("think [reasoning]");
+    let said = ask(&body, "thread").await;
+    assert_eq!(said[0]["type"], "reasoning");
+    let input = body["input"].as_array_mut().unwrap();
+    let question = input[1].clone();
+    input.extend(said.into_iter().chain([question]));
+    let home = house.upstream.attempts()[0].account.clone();
+    let limit = Fault::once(Kind::RateLimit { resets_in: 600 });
+    house.upstream.fault(limit.at(&home));
+    ask(&body, "thread").await;
+
+    let attempts = house.upstream.attempts();
+    let tried: Vec<_> = attempts[1..].iter().map(|one| one.status).collect();
+    assert_eq!(tried, [429, 400, 200], "home, then abroad twice");
+    let told = |n: usize| -> Vec<&Value> {
+        let history = attempts[n].history.iter();
+        history.map(|item| &item["type"]).collect()
+    };
+    assert_eq!(told(2)[2], "reasoning");
+    assert_eq!(told(3), ["message"; 4], "nothing else is left out");
+    assert_ne!(attempts[3].account, home);
 }
 
 #[tokio::test]

@@ -101,6 +101,20 @@ pub fn rebuild<'a>(
     Ok(edited.map_or_else(|| body.clone(), Bytes::from))
 }
 
+/// A request that brings its whole history, without what a model has thought in it: another account cannot read that. `None` where there
+/// is nothing of the kind.
+pub fn without_thoughts(body: &Bytes) -> Option<Bytes> {
+    let mut object = parse(std::str::from_utf8(body).ok()?).ok()?;
+    let (mut list, objects) = Container::objects(object.get("input")?).ok()?;
+    for (index, item) in objects.iter().enumerate() {
+        if kind(item) == "reasoning" && item.present("encrypted_content").is_some() {
+            list.remove_at(index);
+        }
+    }
+    object.set("input", list.finish()?);
+    object.finish().map(Bytes::from)
+}
+
 /// What stands between the brackets.
 fn inner(array: &str) -> Option<&str> {
     let inner = array.trim().strip_prefix('[')?.strip_suffix(']')?;
@@ -328,6 +342,26 @@ mod tests {
         let past: Vec<_> = turns.iter().map(|turn| (turn.as_str(), true)).collect();
         let whole = rebuilt(&past, &format!("[{HI}]")).unwrap();
         assert_eq!(whole, format!("[{},{HI}]", items.join(",")));
+    }
+
+    #[test]
+    fn thoughts_are_left_out_and_nothing_else() {
+        let thought = r#"{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"e"}"#;
+        let said = r#"{"role":"assistant","content":"x", "id":"m"}"#;
+        let without = |input: &str| {
+            let body = without_thoughts(&body(input))?;
+            input_of(&body)
+        };
+        let whole = format!("[{thought},{said},{thought}]");
+        let left: Vec<Value> = serde_json::from_str(&without(&whole).unwrap()).unwrap();
+        assert_eq!(left, [serde_json::from_str::<Value>(said).unwrap()]);
+        for input in [format!("[{said}]"), r#""text""#.to_owned()] {
+            assert_eq!(without(&input), None, "{input}");
+        }
+    }
+
+    fn input_of(body: &Bytes) -> Option<String> {
+        input(body).map(str::to_owned)
     }
 
     #[test]

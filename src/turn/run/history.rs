@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::Turn;
 use crate::{
     ids::AccountId,
-    protocol::request,
+    protocol::{failure::Failure, request},
     snapshot::{Capture, Chain, Missing, Parent, Untold},
     task,
     turn::{Reject, Stop, Transport, carrier::Carrier},
@@ -76,6 +76,21 @@ impl Turn<'_> {
             Untold::Lost => Stop::PreviousResponseNotFound,
         })?;
         Ok(())
+    }
+
+    /// Drops from a request that brings everything what its account cannot read, if it has refused it for that; yields whether it did.
+    pub(super) fn disown(&mut self, failure: &Failure, carrier: &Carrier) -> bool {
+        let foreign = failure.code.as_deref() == Some("invalid_encrypted_content");
+        if !foreign || self.is_anchored() || self.history.is_some() {
+            return false;
+        }
+        let Some(body) = request::history::without_thoughts(&self.ask.request.body) else {
+            return false;
+        };
+        self.ask.request.body = body;
+        // Else it would be kept as this account's.
+        self.capture = self.captured(carrier);
+        true
     }
 
     /// What is kept of this turn, unless its client keeps everything itself.
