@@ -237,6 +237,10 @@ impl Conversation {
         if let (Style::Token | Style::Codex, Some(token)) = (self.style, &self.token) {
             headers.push(("x-codex-turn-state", token.clone()));
         }
+        if self.style == Style::CodexSocket {
+            let beta = "responses_websockets=2026-02-06";
+            headers.push(("openai-beta", beta.to_owned()));
+        }
         if turns {
             let metadata = json!({ "session_id": self.name, "thread_id": self.name, "turn_id": tag, "request_kind": "turn" }).to_string();
             for name in ["session-id", "thread-id", "x-client-request-id"] {

@@ -121,10 +121,6 @@ impl Socket {
             .into_client_request()
             .map_err(|error| broken(error.to_string()))?;
         request.headers_mut().extend(headers(crowd, ask));
-        request.headers_mut().insert(
-            "openai-beta",
-            HeaderValue::from_static("responses_websockets=2026-02-06"),
-        );
         match tokio_tungstenite::client_async(request, tcp).await {
             Ok((socket, _)) => Ok(Self(Box::new(socket))),
             Err(Error::Http(refusal)) => {
