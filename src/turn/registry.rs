@@ -40,7 +40,7 @@ pub(super) struct State {
 pub(super) struct Handle {
     pub(super) scope: ScopeId,
     pub(super) held: Held,
-    pub(super) jobs: mpsc::Sender<Job>,
+    pub(super) jobs: mpsc::Sender<Box<Job>>,
     pub(super) state: watch::Receiver<State>,
     /// Turns that were sent to it and have not ended.
     pub(super) queued: Arc<AtomicUsize>,

@@ -325,7 +325,7 @@ impl Router {
             seat,
             running: self.running,
         };
-        match handle.send(job) {
+        match handle.send(Box::new(job)) {
             Ok(()) => {
                 telemetry::bridge(why.outcome, why.reason);
                 None

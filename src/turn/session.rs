@@ -40,7 +40,7 @@ const BOOKING_TIME: Duration = Duration::from_secs(5);
 const IDLE_HARD: Duration = Duration::from_secs(900);
 const IDLE_SOFT: Duration = Duration::from_secs(120);
 
-/// A turn for a session.
+/// A turn for a session. Boxed while it waits: a mailbox has room for many.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) ask: Box<Ask>,
@@ -63,14 +63,14 @@ impl Drop for Queued {
 #[derive(Debug)]
 pub(super) enum NotTaken {
     /// Its mailbox is full.
-    Full(Job),
+    Full(Box<Job>),
     /// It has ended.
-    Ended(Job),
+    Ended(Box<Job>),
 }
 
 impl Handle {
     /// Sends a turn, after those that wait.
-    pub(super) fn send(&self, mut job: Job) -> Result<(), NotTaken> {
+    pub(super) fn send(&self, mut job: Box<Job>) -> Result<(), NotTaken> {
         job.seat.held = Some(self.held);
         self.queued.fetch_add(1, Ordering::AcqRel);
         self.jobs.try_send(job).map_err(|error| {
@@ -128,14 +128,14 @@ struct Session {
 
 /// What a session does next.
 enum Step {
-    Run(Job),
+    Run(Box<Job>),
     /// Upstream gave the socket up.
     Cold,
     End,
 }
 
 impl Session {
-    async fn serve(mut self, mut mailbox: mpsc::Receiver<Job>) {
+    async fn serve(mut self, mut mailbox: mpsc::Receiver<Box<Job>>) {
         loop {
             match self.next(&mut mailbox).await {
                 Step::Run(job) => self.run(job).await,
@@ -153,7 +153,7 @@ impl Session {
         // Also a job whose sender has its place already and has not put it there yet.
         while let Some(job) = mailbox.recv().await {
             let _queued = Queued(Arc::clone(&self.queued));
-            route::again(&self.engine, job);
+            route::again(&self.engine, *job);
         }
         if !self.fenced {
             let released = timeout(RELEASE_TIME, self.engine.leases.release(&self.held)).await;
@@ -164,7 +164,7 @@ impl Session {
         self.carrier.close().await;
     }
 
-    async fn next(&mut self, mailbox: &mut mpsc::Receiver<Job>) -> Step {
+    async fn next(&mut self, mailbox: &mut mpsc::Receiver<Box<Job>>) -> Step {
         let patience = match self.held.key.kind {
             Kind::Thread | Kind::Session => IDLE_HARD,
             Kind::PromptCache | Kind::Fork | Kind::Lease => IDLE_SOFT,
@@ -180,17 +180,18 @@ impl Session {
         }
     }
 
-    async fn run(&mut self, job: Job) {
+    async fn run(&mut self, job: Box<Job>) {
         let queued = Queued(Arc::clone(&self.queued));
         let Job {
             ask,
             out,
             seat,
             running,
-        } = job;
+        } = *job;
         self.state
             .send_modify(|state| state.running = Some(out.watch()));
-        let ran = run::run(&self.engine, ask, &out, &mut self.carrier, seat).await;
+        // An idle session is small: what a turn needs lives as long as the turn.
+        let ran = Box::pin(run::run(&self.engine, ask, &out, &mut self.carrier, seat)).await;
         self.note(self.carrier.head());
         self.state.send_modify(|state| {
             state.running = None;
@@ -211,15 +212,13 @@ impl Session {
                 self.fenced = true;
                 // Found before anything was sent: whoever owns the lease now may serve it.
                 self.engine.sessions.remove(self.scope, &self.held);
-                route::again(
-                    &self.engine,
-                    Job {
-                        ask,
-                        out,
-                        seat,
-                        running,
-                    },
-                );
+                let job = Job {
+                    ask,
+                    out,
+                    seat,
+                    running,
+                };
+                route::again(&self.engine, job);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! One attempt of a turn at one account: reserve, send, relay.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -10,7 +11,7 @@ use std::{
 
 use http::HeaderMap;
 
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant as Moment, Sleep, sleep_until, timeout};
 
 use super::{Attempted, Over, Seen, Told, Turn, gone};
 use crate::{
@@ -185,8 +186,9 @@ impl Turn<'_> {
         began: Instant,
     ) -> Attempted {
         let mut quiet = Quiet::new(self.ask.arrived + deadline::TOTAL);
-        let gone = gone(self.out);
-        tokio::pin!(gone);
+        let engine = self.engine;
+        let (gone, stopped) = (gone(self.out), engine.cancel.cancelled());
+        tokio::pin!(gone, stopped);
         loop {
             let next = match source.ready() {
                 Ok(Some(event)) => Ok(Some(event)),
@@ -196,7 +198,7 @@ impl Turn<'_> {
                     next = source.next() => next,
                     deadline = quiet.passed() => Err(Failure::timeout(deadline, self.now())),
                     () = &mut gone => return Attempted::Over(Over::Left),
-                    () = self.engine.cancel.cancelled() => return Attempted::Over(Over::Stopped),
+                    () = &mut stopped => return Attempted::Over(Over::Stopped),
                 },
             };
             let event = match next {
@@ -208,11 +210,10 @@ impl Turn<'_> {
                 continue;
             }
             quiet.heard();
-            let engine = self.engine;
             let taken = tokio::select! {
                 biased;
                 taken = self.take(event, account, began, source.headers()) => taken,
-                () = engine.cancel.cancelled() => return Attempted::Over(Over::Stopped),
+                () = &mut stopped => return Attempted::Over(Over::Stopped),
             };
             match taken {
                 Ok(None) => {}
@@ -375,37 +376,45 @@ impl Drop for Slot {
     }
 }
 
-/// The deadlines of silence and of the whole. Events only note the time; the timer is set when nothing is there.
+/// The deadlines of silence and of the whole. Events only note the time; the timer is moved when it fires.
 struct Quiet {
     limit: Duration,
     name: Deadline,
-    since: Instant,
-    end: Instant,
+    since: Moment,
+    end: Moment,
+    timer: Pin<Box<Sleep>>,
 }
 
 impl Quiet {
     fn new(end: Instant) -> Self {
+        let (since, end) = (Moment::now(), end.into());
         Self {
             limit: deadline::FIRST_EVENT,
             name: Deadline::FirstEvent,
-            since: Instant::now(),
+            since,
             end,
+            timer: Box::pin(sleep_until(end.min(since + deadline::FIRST_EVENT))),
         }
     }
 
     fn heard(&mut self) {
-        self.since = Instant::now();
+        self.since = Moment::now();
         (self.limit, self.name) = (deadline::IDLE, Deadline::Idle);
     }
 
-    /// Waits for whichever passes first.
-    async fn passed(&self) -> Deadline {
-        let silence = self.since + self.limit;
-        sleep_until(silence.min(self.end).into()).await;
-        if self.end <= silence {
-            Deadline::Total
-        } else {
-            self.name
+    /// Waits for whichever passes first. Cancel-safe.
+    async fn passed(&mut self) -> Deadline {
+        loop {
+            self.timer.as_mut().await;
+            let silence = self.since + self.limit;
+            let due = silence.min(self.end);
+            if Moment::now() < due {
+                self.timer.as_mut().reset(due);
+            } else if due == silence {
+                return self.name;
+            } else {
+                return Deadline::Total;
+            }
         }
     }
 }
