@@ -221,6 +221,7 @@ impl Connection {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
+        crate::telemetry::statement(stmt.name);
         self.0
             .query_typed(stmt.sql, &stmt.typed(params))
             .await
@@ -236,6 +237,7 @@ impl Connection {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
+        crate::telemetry::statement(stmt.name);
         self.0
             .query_typed_opt(stmt.sql, &stmt.typed(params))
             .await
@@ -247,6 +249,7 @@ impl Connection {
     /// # Errors
     /// Of the statement, or if there is not one row.
     pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
+        crate::telemetry::statement(stmt.name);
         self.0
             .query_typed_one(stmt.sql, &stmt.typed(params))
             .await
@@ -258,6 +261,7 @@ impl Connection {
     /// # Errors
     /// Of the statement.
     pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
+        crate::telemetry::statement(stmt.name);
         self.0
             .execute_typed(stmt.sql, &stmt.typed(params))
             .await

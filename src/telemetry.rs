@@ -84,6 +84,11 @@ pub fn task_ended(name: &'static str, panicked: bool) {
     }
 }
 
+/// A statement is sent to the database.
+pub fn statement(statement: &'static str) {
+    counter!("drawbridge_db_statements_total", "statement" => statement).increment(1);
+}
+
 /// A statement failed. `class` is that of `db::Error`.
 pub fn statement_failed(statement: &'static str, class: &'static str) {
     counter!("drawbridge_db_errors_total", "statement" => statement, "class" => class).increment(1);

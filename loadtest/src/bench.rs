@@ -5,9 +5,11 @@
 
 mod hop;
 mod nginx;
+mod snapshot;
 mod summary;
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -22,7 +24,7 @@ use self::nginx::Nginx;
 use crate::{
     drive::{Plan, Report, Transport, drive},
     process::{RunDir, cpu, rss_kib},
-    rig::{Drawbridge, Fake},
+    rig::{Counts, Drawbridge, Fake, per_unit},
     say,
     upstream::{Fault, Kind},
 };
@@ -96,6 +98,8 @@ pub(crate) struct Round {
     pub(crate) cpu_us_per_unit: f64,
     /// The most that was seen while the load ran.
     pub(crate) rss_kib: u64,
+    /// What was sent to the database meanwhile, for each completed turn.
+    pub(crate) statements_per_turn: BTreeMap<String, f64>,
     pub(crate) report: Report,
 }
 
@@ -139,7 +143,10 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         }
         for number in 1..=options.rounds {
             for target in &targets {
-                let round = measure(target, scenario, options).await?;
+                let before = statements(drawbridge.as_ref()).await?;
+                let mut round = measure(target, scenario, options).await?;
+                let after = statements(drawbridge.as_ref()).await?;
+                round.statements_per_turn = per_unit(&before, &after, round.report.completed);
                 say(&format!(
                     "{scenario:?} {number}/{} {}: {:.1} us, {:.1} s",
                     options.rounds, target.name, round.cpu_us_per_unit, round.report.seconds
@@ -161,6 +168,13 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         _ => None,
     };
 
+    let snapshot = match (&options.drawbridge, targets.get(1)) {
+        (Some(binary), Some(target)) => {
+            Some(snapshot::measure(binary, dir.path(), &fake, &target.key).await?)
+        }
+        _ => None,
+    };
+
     let names: Vec<&str> = targets.iter().map(|target| target.name).collect();
     let rows = summary::rows(&rounds, &names, &idle);
     say(&format!("\n{}", summary::table(&rows, &names)));
@@ -171,11 +185,19 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         "summary": rows,
         "snapshots": std::env::var("DRAWBRIDGE_SNAPSHOTS").unwrap_or_else(|_| "auto".into()),
         "hop": hop,
+        "snapshot": snapshot,
         "fresh_rss_kib": fresh,
         "idle_rss_kib": idle,
         "rounds": rounds,
     });
     write(&options.out, &result)
+}
+
+async fn statements(drawbridge: Option<&Drawbridge>) -> anyhow::Result<Counts> {
+    match drawbridge {
+        Some(drawbridge) => drawbridge.statements().await,
+        None => Ok(Counts::new()),
+    }
 }
 
 /// Memory of each proxy by name, in KiB.
@@ -246,6 +268,7 @@ async fn measure(target: &Target, scenario: Scenario, options: &Options) -> anyh
         cpu_ms: u64::try_from(used.as_millis())?,
         cpu_us_per_unit,
         rss_kib: rss,
+        statements_per_turn: BTreeMap::new(),
         report,
     })
 }

@@ -1,6 +1,7 @@
 //! What the bench and the demo bring up: the fake upstream in its own process, and Drawbridge before it on an embedded database.
 
 use std::{
+    collections::BTreeMap,
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -135,6 +136,21 @@ impl Fake {
     }
 }
 
+/// Counts by name.
+pub type Counts = BTreeMap<String, u64>;
+
+/// What came on top between two counts, for each of `units`: those of some weight.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "counts of one run")]
+pub fn per_unit(before: &Counts, after: &Counts, units: u64) -> BTreeMap<String, f64> {
+    let share = |(name, count): (&String, &u64)| {
+        let more = count - before.get(name).copied().unwrap_or_default();
+        let share = more as f64 / units.max(1) as f64;
+        (share >= 0.01).then(|| (name.clone(), (share * 100.0).round() / 100.0))
+    };
+    after.iter().filter_map(share).collect()
+}
+
 /// Drawbridge, serving, with its own embedded database.
 pub struct Drawbridge {
     daemon: Daemon,
@@ -164,6 +180,21 @@ impl Drawbridge {
         fake: &Fake,
         name: &str,
     ) -> anyhow::Result<Self> {
+        Self::with(binary, dir, fake, name, &[]).await
+    }
+
+    /// The same with settings of its own.
+    ///
+    /// # Errors
+    /// If it does not get ready.
+    pub async fn with(
+        binary: &Path,
+        dir: &Path,
+        fake: &Fake,
+        name: &str,
+        settings: &[(&'static str, &str)],
+    ) -> anyhow::Result<Self> {
+        let own = settings;
         let binary = binary
             .canonicalize()
             .with_context(|| format!("{} is not there", binary.display()))?;
@@ -171,7 +202,7 @@ impl Drawbridge {
         let admin = format!("127.0.0.1:{}", free_port()?);
         let internal = format!("127.0.0.1:{}", free_port()?);
         let data = dir.join("data");
-        let settings = vec![
+        let settings = [
             ("DRAWBRIDGE_REPLICA_NAME", name.to_owned()),
             ("DRAWBRIDGE_LISTEN", listen.clone()),
             ("DRAWBRIDGE_INTERNAL_LISTEN", internal),
@@ -186,6 +217,8 @@ impl Drawbridge {
             ("DRAWBRIDGE_DRAIN_DELAY", "0s".to_owned()),
             ("DRAWBRIDGE_DRAIN_GRACE", "3s".to_owned()),
         ];
+        let own = own.iter().map(|(name, value)| (*name, (*value).to_owned()));
+        let settings: Vec<_> = settings.into_iter().chain(own).collect();
         let mut command = Command::new(&binary);
         command
             .arg("serve")
@@ -220,6 +253,21 @@ impl Drawbridge {
     #[must_use]
     pub fn admin(&self) -> String {
         format!("http://{}", self.admin)
+    }
+
+    /// How often each statement was sent to the database so far, by its name.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn statements(&self) -> anyhow::Result<Counts> {
+        let page = client()?.get(format!("{}/metrics", self.admin())).send();
+        let page = page.await?.text().await?;
+        let counts = page.lines().filter_map(|line| {
+            let line = line.strip_prefix("drawbridge_db_statements_total{statement=\"")?;
+            let (name, count) = line.split_once("\"} ")?;
+            Some((name.to_owned(), count.parse().ok()?))
+        });
+        Ok(counts.collect())
     }
 
     /// The settings that a command beside it needs.

@@ -278,6 +278,48 @@ async fn replicas_of_one_name_are_told_apart_and_one_that_leaves_is_gone_at_once
 }
 
 #[tokio::test]
+async fn a_heartbeat_writes_its_own_row_and_touches_none_of_ten_thousand_leases() {
+    let store = Store::direct().await;
+    let here = Beating::start(&store.db, "here").await;
+    store
+        .client
+        .execute(
+            "insert into http_bridge_leases (lease_id, scope_id, key_kind, key_hash, generation, owner_boot, retain_until)
+             select gen_random_uuid(), gen_random_uuid(), 'thread', '\\x00', n, $1, clock_timestamp() + interval '1 day'
+             from generate_series(1, 10000) n",
+            &[&here.replica.boot()],
+        )
+        .await
+        .unwrap();
+    // What the database counts becomes visible when a connection reports it.
+    let report = "select pg_stat_force_next_flush()";
+    store.client.execute(report, &[]).await.unwrap();
+    let touched = async || {
+        let rows = store
+            .client
+            .query(
+                "select n_tup_upd, n_tup_upd + n_tup_del + seq_tup_read + coalesce(idx_tup_fetch, 0) from pg_stat_user_tables
+                 where relname in ('bridge_replicas', 'http_bridge_leases') order by relname",
+                &[],
+            )
+            .await
+            .unwrap();
+        (rows[0].get::<_, i64>(0), rows[1].get::<_, i64>(1))
+    };
+    until("the insertion is counted", async || {
+        let sql = "select n_tup_ins = 10000 from pg_stat_user_tables where relname = 'http_bridge_leases'";
+        store.client.query_one(sql, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let (beats, leases) = touched().await;
+    until("five more heartbeats", async || {
+        touched().await.0 >= beats + 5
+    })
+    .await;
+    assert_eq!(touched().await.1, leases);
+}
+
+#[tokio::test]
 async fn the_dead_are_forgotten_after_a_day_and_what_they_owned_is_free() {
     let store = Store::direct().await;
     let (long_ago, lately, alive) = (BootId::new(), BootId::new(), BootId::new());

@@ -5,10 +5,10 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 
-use crate::rig::{Drawbridge, client};
+use crate::rig::{Drawbridge, client, per_unit};
 
 /// Turns by each way.
-const TURNS: usize = 300;
+const TURNS: u64 = 300;
 
 /// Times of whole turns in milliseconds, by way, and what the hop adds.
 pub(super) async fn measure(
@@ -41,12 +41,26 @@ pub(super) async fn measure(
         forwarded.push(turn(other).await?);
     }
     let outcomes = owner.outcomes().await?;
+    let mut statements = serde_json::Map::new();
+    for (way, at) in [("direct", owner), ("forwarded", other)] {
+        let before = (owner.statements().await?, other.statements().await?);
+        for _ in 0..TURNS {
+            turn(at).await?;
+        }
+        let after = (owner.statements().await?, other.statements().await?);
+        let by_replica = json!({
+            "owner": per_unit(&before.0, &after.0, TURNS),
+            "other": per_unit(&before.1, &after.1, TURNS),
+        });
+        statements.insert(way.to_owned(), by_replica);
+    }
     let (direct, forwarded) = (Times::of(direct), Times::of(forwarded));
     Ok(json!({
         "turns": TURNS,
         "direct_ms": direct.json(),
         "forwarded_ms": forwarded.json(),
         "added_ms": { "p50": forwarded.p50 - direct.p50, "p99": forwarded.p99 - direct.p99 },
+        "statements_per_turn": statements,
         "bridge_outcomes": outcomes.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     }))
 }
