@@ -52,6 +52,8 @@ pub struct Config {
     pub log: Log,
     /// What is kept of finished responses.
     pub snapshots: Snapshots,
+    /// Whether no client sees anything of the pool's quota, whatever its key's grants say.
+    pub hide_quota: bool,
     /// Sessions at once.
     pub max_sessions: usize,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
@@ -372,6 +374,13 @@ impl Settings {
                     "off" => Some(Snapshots::Off),
                     _ => None,
                 },
+            ),
+            hide_quota: faults.parse(
+                "DRAWBRIDGE_HIDE_QUOTA",
+                self.hide_quota,
+                "false",
+                "true or false",
+                |text| text.parse().ok(),
             ),
             max_sessions: faults.parse(
                 "DRAWBRIDGE_MAX_SESSIONS",

@@ -157,6 +157,7 @@ impl Server {
                 keys: keys.clone(),
                 peers,
                 max_sessions: config.max_sessions,
+                hide_quota: config.hide_quota,
             },
             &tasks,
         );

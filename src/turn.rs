@@ -46,6 +46,7 @@ use crate::{
     ledger::{self, Ledger},
     protocol::{
         failure::Failure,
+        limits::QuotaVisibility,
         request::{Invalid, Request},
     },
     quota::Quota,
@@ -83,6 +84,13 @@ impl Caller {
     #[must_use]
     pub fn api_key(&self) -> Option<ApiKeyId> {
         self.0.as_ref().map(|key| key.id)
+    }
+
+    /// What the client may see of quota; `hidden` = nobody sees any.
+    fn sees(&self, hidden: bool) -> QuotaVisibility<'_> {
+        let grants = self.0.as_ref().map(|key| &key.grants);
+        let sections = grants.and_then(|grants| grants.quota.as_deref());
+        QuotaVisibility::new(sections, self.accounts(), hidden)
     }
 
     /// The accounts the key may use; `None` = all.
@@ -290,6 +298,8 @@ pub struct Parts {
     pub peers: Option<Peers>,
     /// Sessions at most.
     pub max_sessions: usize,
+    /// Whether no client sees anything of quota.
+    pub hide_quota: bool,
 }
 
 struct Inner {
@@ -305,6 +315,7 @@ struct Inner {
     keys: ApiKeys,
     peers: Option<Peers>,
     sessions: Registry,
+    hide_quota: bool,
     tasks: Tasks,
     /// No session is opened any more.
     closing: AtomicBool,
@@ -338,6 +349,7 @@ impl Engine {
             keys: parts.keys,
             peers: parts.peers,
             sessions: Registry::new(parts.max_sessions),
+            hide_quota: parts.hide_quota,
             tasks: tasks.clone(),
             closing: AtomicBool::new(false),
             cancel: CancellationToken::new(),
@@ -374,6 +386,12 @@ impl Engine {
             let boot = *boots.borrow_and_update();
             self.0.sessions.retire_others(boot);
         }
+    }
+
+    /// What a client may see of quota: the one place where its grants and the setting meet.
+    #[must_use]
+    pub fn visibility<'a>(&self, caller: &'a Caller) -> QuotaVisibility<'a> {
+        caller.sees(self.0.hide_quota)
     }
 
     /// Turns that run now.

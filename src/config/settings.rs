@@ -167,6 +167,14 @@ pub struct Settings {
     /// What is kept of finished responses: auto, full or off [default: auto]
     #[arg(long, global = true, env = "DRAWBRIDGE_SNAPSHOTS", value_name = "MODE")]
     pub(super) snapshots: Option<String>,
+    /// Whether no client sees anything of the pool's quota, whatever its key's grants say [default: false]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_HIDE_QUOTA",
+        value_name = "BOOL"
+    )]
+    pub(super) hide_quota: Option<String>,
     /// Sessions at once [default: 4096]
     #[arg(long, global = true, env = "DRAWBRIDGE_MAX_SESSIONS", value_name = "N")]
     pub(super) max_sessions: Option<String>,
@@ -198,7 +206,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 26] = [
+pub(super) const NAMES: [&str; 27] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -222,6 +230,7 @@ pub(super) const NAMES: [&str; 26] = [
     "DRAWBRIDGE_LOG",
     "DRAWBRIDGE_LOG_FORMAT",
     "DRAWBRIDGE_SNAPSHOTS",
+    "DRAWBRIDGE_HIDE_QUOTA",
     "DRAWBRIDGE_MAX_SESSIONS",
     "DRAWBRIDGE_TEST_TIME_SCALE",
     "DRAWBRIDGE_KEY",

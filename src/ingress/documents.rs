@@ -108,7 +108,8 @@ pub(super) async fn usage(
         Err(error) => return error.into_response(),
     };
     let now = state.clock.now().as_second();
-    let body = quota::pool_view(&state.upstream.view(), now, caller.accounts()).usage(now);
+    let seen = state.engine.visibility(&caller);
+    let body = quota::pool_view(&state.upstream.view(), now, seen).usage(now, seen);
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 

@@ -175,12 +175,11 @@ pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
 
 /// The pool's limits as headers.
 pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderValue)> {
-    quota::pool_view(
-        &state.upstream.view(),
+    let (seen, now) = (
+        state.engine.visibility(caller),
         state.clock.now().as_second(),
-        caller.accounts(),
-    )
-    .headers()
+    );
+    quota::pool_view(&state.upstream.view(), now, seen).headers(seen)
 }
 
 /// What a turn showed first.

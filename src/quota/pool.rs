@@ -1,21 +1,19 @@
 //! The pool's quota as clients see it: many accounts as if they were one.
 
 use crate::{
-    ids::AccountId,
-    protocol::limits::{Family, PoolView, PoolWindow, Window},
+    protocol::limits::{Family, PoolView, PoolWindow, QuotaVisibility, Window},
     routing::{Account, Lifecycle, Status, View, effective_used, plan_weight, status},
 };
 
-/// The quota of ordinary traffic over the active accounts at `now` (epoch seconds), those of a key's grants if `allowed` names them. Use is
+/// The quota of ordinary traffic over the active accounts at `now` (epoch seconds), those that the client may use. Use is
 /// the mean weighted by plan over the accounts whose window is known, the reset is the earliest; the limit is reached when every account
 /// is blocked.
 #[must_use]
-pub fn pool_view(view: &View, now: i64, allowed: Option<&[AccountId]>) -> PoolView {
+pub fn pool_view(view: &View, now: i64, seen: QuotaVisibility<'_>) -> PoolView {
     let active = || {
-        view.accounts.iter().filter(|account| {
-            account.lifecycle == Lifecycle::Active
-                && allowed.is_none_or(|allowed| allowed.contains(&account.id))
-        })
+        view.accounts
+            .iter()
+            .filter(|account| account.lifecycle == Lifecycle::Active && seen.covers(account.id))
     };
     let Some(largest) =
         active().max_by(|one, other| plan_weight(&one.plan).total_cmp(&plan_weight(&other.plan)))
@@ -69,9 +67,16 @@ fn pool_window<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::{self, Block};
+    use crate::{
+        ids::AccountId,
+        routing::{self, Block},
+    };
 
     const NOW: i64 = 1_800_000_000;
+
+    fn of(accounts: Option<&[AccountId]>) -> QuotaVisibility<'_> {
+        QuotaVisibility::new(None, accounts, false)
+    }
 
     fn account(plan: &str, windows: &[(u32, f64, i64)]) -> Account {
         let window = |&(minutes, used_percent, resets_in): &(u32, f64, i64)| routing::Window {
@@ -113,7 +118,7 @@ mod tests {
             account("plus", &[(10_080, 80.0, -1)]),
             paused,
         ];
-        let view = pool_view(&View { accounts }, NOW, None);
+        let view = pool_view(&View { accounts }, NOW, of(None));
         let window = |used_percent, window_minutes, resets_in| {
             Some(PoolWindow {
                 used_percent,
@@ -141,11 +146,11 @@ mod tests {
         let first = accounts[0].id;
         let view = View { accounts };
         assert!(
-            !pool_view(&view, NOW, None).limit_reached,
+            !pool_view(&view, NOW, of(None)).limit_reached,
             "samples do not block"
         );
-        assert!(pool_view(&view, NOW, Some(&[first])).limit_reached);
-        assert!(!pool_view(&view, NOW + 60, Some(&[first])).limit_reached);
-        assert_eq!(pool_view(&view, NOW, Some(&[])).plan_type, "guest");
+        assert!(pool_view(&view, NOW, of(Some(&[first]))).limit_reached);
+        assert!(!pool_view(&view, NOW + 60, of(Some(&[first]))).limit_reached);
+        assert_eq!(pool_view(&view, NOW, of(Some(&[]))).plan_type, "guest");
     }
 }

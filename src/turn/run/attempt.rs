@@ -269,7 +269,10 @@ impl Turn<'_> {
                         .quota
                         .observe(account, &observation, began, quota::Source::Event);
                 }
-                self.hold_or_send(Event::from_json(self.pool_event())).await
+                match self.pool_event() {
+                    Some(json) => self.hold_or_send(Event::from_json(json)).await,
+                    None => Ok(()),
+                }
             }
             Kind::Metadata => {
                 match headers::metadata_to_client(&event.data(), &self.ask.request.facts.model) {
@@ -333,13 +336,9 @@ impl Turn<'_> {
     }
 
     /// The pool's limits in the form in which Codex reads one account's.
-    fn pool_event(&self) -> bytes::Bytes {
-        quota::pool_view(
-            &self.engine.upstream.view(),
-            self.now(),
-            self.ask.caller.accounts(),
-        )
-        .event()
+    fn pool_event(&self) -> Option<bytes::Bytes> {
+        let seen = self.ask.caller.sees(self.engine.hide_quota);
+        quota::pool_view(&self.engine.upstream.view(), self.now(), seen).event(seen)
     }
 
     /// A credential that cannot be had is upstream's refusal in other words.
