@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 pub use self::{
-    admin::{Created, Error, Listed, NewKey, create, find, list, revoke, rotate},
+    admin::{Created, Error, Listed, NewKey, create, find, grant, list, revoke, rotate},
     expiry::{BadExpiry, Expiry},
     store::STATEMENTS,
     view::ApiKeys,
@@ -58,6 +58,60 @@ pub struct Grants {
         deserialize_with = "known_sections"
     )]
     pub quota: Option<Vec<Section>>,
+}
+
+/// What becomes of one kind of grant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Grant<T> {
+    /// It stays as it is; a new key may everything.
+    #[default]
+    Same,
+    /// Everything.
+    Any,
+    /// These alone; none, if there are none.
+    Only(Vec<T>),
+}
+
+impl<T: Clone> Grant<T> {
+    fn only(&self) -> Option<Vec<T>> {
+        match self {
+            Self::Same | Self::Any => None,
+            Self::Only(these) => Some(these.clone()),
+        }
+    }
+}
+
+/// What becomes of the grants of a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// The accounts that may serve it.
+    pub accounts: Grant<AccountId>,
+    /// The models that it may ask for.
+    pub models: Grant<String>,
+    /// What it may see of quota.
+    pub quota: Grant<Section>,
+}
+
+impl Change {
+    /// What is restricted from now on: the grants of a new key.
+    #[must_use]
+    pub fn set(&self) -> Grants {
+        Grants {
+            accounts: self.accounts.only(),
+            models: self.models.only(),
+            quota: self.quota.only(),
+        }
+    }
+
+    /// The kinds whose restriction ends.
+    fn cleared(&self) -> Vec<&'static str> {
+        let kinds = [
+            (self.accounts == Grant::Any).then_some("accounts"),
+            (self.models == Grant::Any).then_some("models"),
+            (self.quota == Grant::Any).then_some("quota"),
+        ];
+        kinds.into_iter().flatten().collect()
+    }
 }
 
 /// Why a key does not come in.

@@ -9,10 +9,23 @@ use crate::{
     statements,
 };
 
+/// The grants without accounts that are gone: what names none but such still lets none.
+macro_rules! grants {
+    () => {
+        "case jsonb_typeof(grants->'accounts') when 'array' then jsonb_set(grants, '{accounts}', (
+            select coalesce(jsonb_agg(id), '[]') from jsonb_array_elements(grants->'accounts') as id
+            where id in (select to_jsonb(account_id) from accounts))) else grants end"
+    };
+}
+
 /// Columns of a [`Listed`].
 macro_rules! listed {
     () => {
-        "api_key_id, scope_id, name, prefix, grants, created_at, expires_at, revoked_at, last_used_at"
+        concat!(
+            "api_key_id, scope_id, name, prefix, ",
+            grants!(),
+            ", created_at, expires_at, revoked_at, last_used_at"
+        )
     };
 }
 
@@ -35,11 +48,16 @@ statements! { "api_key";
     REVOKE: [UUID] = concat!("
         update api_keys set revoked_at = coalesce(revoked_at, clock_timestamp()) where api_key_id = $1 returning ", listed!());
 
+    /// Serialises with other changes on the row; what a newer release has granted stays.
+    GRANT: [UUID, JSONB, TEXT_ARRAY] = concat!("
+        update api_keys set grants = (grants || $2) - $3 where api_key_id = $1 returning ", listed!());
+
     /// A plain read.
     LIST: [] = concat!("select ", listed!(), " from api_keys order by created_at, api_key_id");
 
-    /// A plain read; the version was read before it.
-    LOAD: [] = "select hash, api_key_id, scope_id, name, grants, expires_at, revoked_at is not null from api_keys";
+    /// A plain read; the versions of keys and of accounts were read before it.
+    LOAD: [] = concat!("
+        select hash, api_key_id, scope_id, name, ", grants!(), ", expires_at, revoked_at is not null from api_keys");
 
     /// Information for people: concurrent writers differ by seconds. Rows in order of their ids, so that two replicas cannot deadlock.
     TOUCH: [UUID_ARRAY] = "
@@ -85,6 +103,17 @@ pub(super) async fn rotate(
 
 pub(super) async fn revoke(connection: &Connection, id: ApiKeyId) -> Result<Option<Listed>, Error> {
     let row = connection.opt(&REVOKE, &[&id]).await?;
+    row.as_ref().map(listed).transpose()
+}
+
+/// Sets the kinds of grants in `set`, and takes the restriction of those in `clear` away.
+pub(super) async fn grant(
+    connection: &Connection,
+    id: ApiKeyId,
+    set: &Grants,
+    clear: &[&str],
+) -> Result<Option<Listed>, Error> {
+    let row = connection.opt(&GRANT, &[&id, &Json(set), &clear]).await?;
     row.as_ref().map(listed).transpose()
 }
 

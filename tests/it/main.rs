@@ -17,6 +17,7 @@ mod credentials;
 mod documents;
 mod embedded;
 mod forward;
+mod grants;
 mod http;
 mod keys;
 mod leases;

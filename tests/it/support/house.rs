@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) key_rule: KeyRule,
     /// Whether a key is created, which the helpers then send.
     pub(crate) key: bool,
+    /// Whether no client sees anything of quota.
+    pub(crate) hide_quota: bool,
 }
 
 impl Default for Plan {
@@ -52,6 +54,7 @@ impl Default for Plan {
             transport: Transport::Auto,
             key_rule: KeyRule::Auto,
             key: true,
+            hide_quota: false,
         }
     }
 }
@@ -324,5 +327,6 @@ fn config(plan: &Plan, upstream: &Upstream) -> Config {
     config.upstream.auth_url = upstream.auth_url();
     config.upstream.transport = plan.transport;
     config.key_rule = plan.key_rule;
+    config.hide_quota = plan.hide_quota;
     config
 }
