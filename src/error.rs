@@ -75,6 +75,8 @@ pub enum Code {
     UsageLimitReached,
     /// This replica holds as many bytes of bodies as it may.
     Overloaded,
+    /// The key has asked for this too often.
+    RateLimited,
     /// One response at a time on a socket.
     ResponseInProgress,
     /// No account can serve.
@@ -108,7 +110,7 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
@@ -130,6 +132,7 @@ impl Code {
         Self::UpgradeRequired,
         Self::UsageLimitReached,
         Self::Overloaded,
+        Self::RateLimited,
         Self::ResponseInProgress,
         Self::NoAccounts,
         Self::ContinuityUnavailable,
@@ -250,6 +253,12 @@ impl Code {
                 "proxy_overloaded",
                 "rate_limit_error",
                 Some(5),
+            ),
+            Self::RateLimited => row(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limit_exceeded",
+                "rate_limit_error",
+                Some(30),
             ),
             Self::ResponseInProgress => {
                 row(StatusCode::CONFLICT, "response_in_progress", invalid, None)

@@ -1,11 +1,12 @@
 //! The client-facing edge: who is calling, what is asked, and in which form the answer goes out. Everything between belongs to `turn`.
 //!
 //! Two families of routes: `/backend-api/codex` speaks as the Codex backend does, `/v1` as the OpenAI API does. No account id ever
-//! crosses this room towards a client.
+//! crosses this room towards a client, but through the fleet API.
 
 mod body;
 mod documents;
 mod encode;
+mod fleet;
 mod gate;
 mod responses;
 mod websocket;
@@ -26,9 +27,11 @@ use uuid::Uuid;
 
 pub use self::gate::Gate;
 use crate::{
+    account::Accounts,
     api_key::ApiKeys,
     db::Clock,
     error::{ApiError, Code},
+    ledger::Ledger,
     task::Tasks,
     turn::{Budget, Engine},
     upstream::Upstream,
@@ -42,6 +45,10 @@ pub struct State {
     pub upstream: Upstream,
     /// Client keys.
     pub keys: ApiKeys,
+    /// For the fleet API.
+    pub accounts: Accounts,
+    /// What keys have used.
+    pub ledger: Ledger,
     /// The database's clock.
     pub clock: Clock,
     /// Who may come in.
@@ -95,11 +102,16 @@ pub fn router(state: Arc<State>) -> Router {
             post(responses::openai).get(websocket::openai),
         )
         .route("/responses/compact", post(responses::compact_openai))
-        .route("/models", get(documents::models_openai));
+        .route("/models", get(documents::models_openai))
+        .route("/usage", get(fleet::usage));
+    let fleet = Router::new()
+        .route("/summary", get(fleet::summary))
+        .route("/refresh", post(fleet::refresh));
     let mut router = Router::new()
         .nest(CODEX, codex.clone())
         .nest("/backend-api/codex/v1", codex)
-        .nest("/v1", openai);
+        .nest("/v1", openai)
+        .nest("/api/fleet", fleet);
     for base in ["/backend-api/wham", "/api/codex"] {
         router = router
             .route(&format!("{base}/usage"), get(documents::usage))

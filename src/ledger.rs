@@ -15,6 +15,7 @@ mod record;
 mod store;
 mod sweep;
 mod turn;
+mod used;
 
 use std::{sync::Arc, time::Duration};
 
@@ -34,6 +35,7 @@ pub use self::{
         Answer, Booked, Bridge, Fence, NotOpened, Opened, Opening, Outcome, Request, Settlement,
         Snapshot, Sticky,
     },
+    used::Used,
 };
 use self::{
     late::{Away, Late},

@@ -200,6 +200,8 @@ impl Server {
             engine: engine.clone(),
             upstream,
             keys: keys.clone(),
+            accounts: accounts.clone(),
+            ledger: ledger.clone(),
             clock: db.clock().clone(),
             gate: ingress::Gate::new(config.key_rule, address),
             bytes,

@@ -5,6 +5,7 @@ mod catalogue;
 pub mod credential;
 pub mod http;
 pub mod oauth;
+mod refresh;
 mod view;
 pub mod websocket;
 
@@ -19,9 +20,11 @@ use rustls::{
 use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 
+pub use self::refresh::Refreshed;
 use self::{
     catalogue::Catalogue,
     credential::{Credential, Credentials},
+    refresh::Flights,
 };
 use crate::{
     account::Accounts,
@@ -81,6 +84,7 @@ pub struct Upstream {
     quota: Quota,
     accounts: Accounts,
     catalogue: Catalogue,
+    flights: Flights,
     view: watch::Receiver<Arc<View>>,
     clock: Clock,
     transport: config::Transport,
@@ -117,6 +121,7 @@ impl Upstream {
             quota: quota.clone(),
             accounts: accounts.clone(),
             catalogue,
+            flights: Flights::default(),
             view,
             clock: db.clock().clone(),
             transport: config.transport,

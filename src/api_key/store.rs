@@ -1,5 +1,7 @@
 //! Statements of `api_keys`.
 
+use std::time::Duration;
+
 use tokio_postgres::{Row, types::Json};
 
 use super::{Grants, Key, Listed, NewKey};
@@ -58,6 +60,17 @@ statements! { "api_key";
     /// A plain read; the versions of keys and of accounts were read before it.
     LOAD: [] = concat!("
         select hash, api_key_id, scope_id, name, ", grants!(), ", expires_at, revoked_at is not null from api_keys");
+
+    /// Of concurrent claims one moves the row; the others wait for it and find it moved. The outer read sees the row as it was before.
+    CLAIM_REFRESH: [UUID, FLOAT8] = "
+        with claimed as (
+            update api_keys set refreshed_at = clock_timestamp()
+            where api_key_id = $1 and coalesce(refreshed_at <= clock_timestamp() - make_interval(secs => $2), true)
+            returning 1
+        )
+        select exists (select from claimed),
+            extract(epoch from refreshed_at + make_interval(secs => $2) - clock_timestamp())::float8
+        from api_keys where api_key_id = $1";
 
     /// Information for people: concurrent writers differ by seconds. Rows in order of their ids, so that two replicas cannot deadlock.
     TOUCH: [UUID_ARRAY] = "
@@ -123,6 +136,25 @@ pub(super) async fn list(db: &Db) -> Result<Vec<Listed>, Error> {
 
 pub(super) async fn load(db: &Db) -> Result<Vec<(Vec<u8>, Key)>, Error> {
     db.all(&LOAD, &[]).await?.iter().map(key).collect()
+}
+
+/// Yields how long to wait; `None` if the refresh is the caller's.
+pub(super) async fn claim_refresh(
+    db: &Db,
+    id: ApiKeyId,
+    every: Duration,
+) -> Result<Option<Duration>, Error> {
+    let row = db.opt(&CLAIM_REFRESH, &[&id, &every.as_secs_f64()]).await?;
+    let Some(row) = row else {
+        return Ok(Some(every));
+    };
+    if row.try_get(0)? {
+        return Ok(None);
+    }
+    // A claim that was lost to one of the same moment has read the row of before.
+    let left = row.try_get::<_, Option<f64>>(1)?.unwrap_or_default();
+    let left = Duration::try_from_secs_f64(left).unwrap_or_default();
+    Ok(Some(if left.is_zero() { every } else { left }))
 }
 
 pub(super) async fn touch(db: &Db, used: &[ApiKeyId]) -> Result<(), Error> {

@@ -133,6 +133,18 @@ impl ApiKeys {
         Ok(Arc::clone(key))
     }
 
+    /// Claims a refresh of a key's accounts, of which it may have one in `every`, on whichever replica. Yields how long to wait if it may not.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn claim_refresh(
+        &self,
+        id: ApiKeyId,
+        every: Duration,
+    ) -> Result<Option<Duration>, Error> {
+        store::claim_refresh(&self.0.db, id, every).await
+    }
+
     /// Whether a key was ever created; revoked ones count.
     #[must_use]
     pub fn any_created(&self) -> bool {

@@ -10,10 +10,11 @@ use super::{
     record::Record,
     sweep::{Found, Lost, Range, Reconciliation, Side},
     turn::{Booked, Fence, NotOpened, Opened, Opening, Settlement},
+    used::Used,
 };
 use crate::{
     db::{Db, Error, LockClass},
-    ids::{BootId, TurnId},
+    ids::{ApiKeyId, BootId, TurnId},
     secret, statements,
 };
 
@@ -217,6 +218,12 @@ statements! { "ledger";
                 where l.turn_id = found.turn_id and l.day between $2 - 1 and $2))
         from found limit 1";
 
+    /// A plain read of what is booked.
+    USED: [UUID] = "
+        select coalesce(sum(requests), 0)::bigint, coalesce(sum(input_tokens + output_tokens), 0)::bigint,
+            coalesce(sum(cached_input_tokens), 0)::bigint, coalesce(sum(cost_nanodollars), 0)::bigint
+        from turns where api_key_id = $1 and state = 'settled'";
+
     /// The transaction-level lock lasts as long as the statement: one replica at a time deletes.
     PRUNE: [INT4, INT4, INT4, INT8] = "
         with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
@@ -226,6 +233,16 @@ statements! { "ledger";
             limit $4
         )
         delete from request_log l using old where (l.day, l.turn_id, l.request_id) = (old.day, old.turn_id, old.request_id)";
+}
+
+pub(super) async fn used(db: &Db, key: ApiKeyId) -> Result<Used, Error> {
+    let row = db.one(&USED, &[&key]).await?;
+    Ok(Used {
+        requests: row.try_get(0)?,
+        tokens: row.try_get(1)?,
+        cached_input_tokens: row.try_get(2)?,
+        cost_nanodollars: row.try_get(3)?,
+    })
 }
 
 /// Yields the turn and its earlier attempts; `None` if the lease is not ours.

@@ -8,6 +8,7 @@
 //! reset has passed reads as unused; no family has the same window twice.
 
 mod feed;
+mod key_usage;
 mod pool;
 mod visibility;
 
@@ -15,6 +16,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 pub use feed::{UsageReport, active_family, from_event, from_headers, from_usage};
+pub use key_usage::{Remaining, UpstreamLimit};
 pub use pool::{PoolView, PoolWindow};
 pub use visibility::{QuotaVisibility, Section};
 
