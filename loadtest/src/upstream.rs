@@ -150,6 +150,12 @@ impl Upstream {
         self.shared.change(|state| state.faults.clear());
     }
 
+    /// From now on an account's usage document is silent until it is released, each time.
+    pub fn hold_usage(&self, account: &str) {
+        self.shared
+            .change(|state| state.usage_held.insert(account.to_owned()));
+    }
+
     /// Lets responses that a fault keeps silent now go on.
     pub fn release(&self) {
         self.shared.release();

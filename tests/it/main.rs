@@ -16,6 +16,7 @@ mod codex;
 mod credentials;
 mod documents;
 mod embedded;
+mod fleet;
 mod forward;
 mod grants;
 mod http;

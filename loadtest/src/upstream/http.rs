@@ -449,6 +449,13 @@ pub(super) async fn usage(
         Ok(account) => account,
         Err(refusal) => return refusal,
     };
+    let held = shared.change(|state| {
+        *state.usage_reads.entry(account.clone()).or_default() += 1;
+        state.usage_held.contains(&account)
+    });
+    if held && !shared.silence().await {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
     let window = |used: f64, seconds: u64, after: u64| json!({ "used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": after, "reset_at": epoch() + after });
     let body = json!({ "plan_type": "plus", "rate_limit": { "allowed": true, "limit_reached": false,
         "primary_window": window(shared.used_percent(&account), 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });

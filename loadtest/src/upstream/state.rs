@@ -1,7 +1,7 @@
 //! What the fake knows and counts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, PoisonError},
 };
 
@@ -82,6 +82,9 @@ pub struct State {
     pub turn_states: BTreeMap<String, String>,
     /// Requests for the model catalogue.
     pub models_reads: usize,
+    /// Requests for the usage document by account, and whose are silent until all silences are released.
+    pub usage_reads: BTreeMap<String, usize>,
+    pub(super) usage_held: BTreeSet<String>,
     next_id: u64,
 }
 
