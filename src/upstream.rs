@@ -82,6 +82,7 @@ pub struct Upstream {
     accounts: Accounts,
     catalogue: Catalogue,
     view: watch::Receiver<Arc<View>>,
+    merges: watch::Receiver<view::Merges>,
     clock: Clock,
     transport: config::Transport,
 }
@@ -108,7 +109,7 @@ impl Upstream {
             bus,
             tasks,
         );
-        let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let (view, merges) = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
             client,
@@ -118,6 +119,7 @@ impl Upstream {
             accounts: accounts.clone(),
             catalogue,
             view,
+            merges,
             clock: db.clock().clone(),
             transport: config.transport,
         })
@@ -127,6 +129,16 @@ impl Upstream {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// The account that this one is part of now; itself, unless it was merged away.
+    #[must_use]
+    pub fn canonical(&self, account: AccountId) -> AccountId {
+        self.merges
+            .borrow()
+            .get(&account)
+            .copied()
+            .unwrap_or(account)
     }
 
     /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
