@@ -9,6 +9,8 @@ use crate::{
 
 /// How often turns of dead replicas are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
+/// How often history is looked at that a merge of accounts left behind.
+const HISTORY: Duration = Duration::from_secs(15);
 /// How often what is old is deleted.
 const PURGE: Duration = Duration::from_secs(600);
 /// How far back rows of the request log that a crash lost are written again; the first look covers a day.
@@ -17,6 +19,8 @@ const MENDED: Duration = Duration::from_secs(24 * 3600);
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// How often what is counted now is told to the metrics.
 const GAUGES: Duration = Duration::from_secs(5);
+/// How often logins that are due are refreshed, whether or not anybody uses them.
+const LOGINS: Duration = Duration::from_secs(60);
 /// How often the model catalogues are read.
 const MODELS: Duration = Duration::from_secs(3600);
 /// ... and how soon again where that failed.
@@ -56,6 +60,15 @@ pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
             }
         }
     });
+    let ledger = parts.ledger.clone();
+    tasks.periodic("history", HISTORY, move || {
+        let ledger = ledger.clone();
+        async move {
+            if let Err(error) = ledger.move_history().await {
+                tracing::warn!(%error, "cannot move the history of accounts that were merged");
+            }
+        }
+    });
     let purged = parts.clone();
     tasks.periodic("purge", PURGE, move || {
         let parts = purged.clone();
@@ -68,6 +81,15 @@ pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
         telemetry::set("drawbridge_sessions_busy", busy as u64);
         telemetry::upkeep();
         std::future::ready(())
+    });
+    let credentials = parts.upstream.credentials().clone();
+    tasks.periodic("logins", LOGINS, move || {
+        let credentials = credentials.clone();
+        async move {
+            if let Err(error) = credentials.keep_fresh().await {
+                tracing::warn!(%error, "cannot look for logins that are due");
+            }
+        }
     });
     let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());
     drop(tasks.spawn("models", async move {

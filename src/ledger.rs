@@ -8,6 +8,7 @@
 //! It knows nothing of clients and connections: callers say what happened.
 
 mod attempt;
+mod history;
 mod late;
 mod log;
 pub mod price;
@@ -27,6 +28,7 @@ use tokio::{
 
 pub use self::{
     attempt::{Attempt, End, Metered, Totals, Try},
+    history::STATEMENTS as HISTORY_STATEMENTS,
     log::Entry,
     record::{Record, Turn, record},
     store::STATEMENTS,

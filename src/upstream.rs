@@ -86,6 +86,7 @@ pub struct Upstream {
     catalogue: Catalogue,
     flights: Flights,
     view: watch::Receiver<Arc<View>>,
+    merges: watch::Receiver<view::Merges>,
     clock: Clock,
     transport: config::Transport,
 }
@@ -112,7 +113,7 @@ impl Upstream {
             bus,
             tasks,
         );
-        let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let (view, merges) = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
             client,
@@ -123,6 +124,7 @@ impl Upstream {
             catalogue,
             flights: Flights::default(),
             view,
+            merges,
             clock: db.clock().clone(),
             transport: config.transport,
         })
@@ -132,6 +134,16 @@ impl Upstream {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// The account that this one is part of now; itself, unless it was merged away.
+    #[must_use]
+    pub fn canonical(&self, account: AccountId) -> AccountId {
+        self.merges
+            .borrow()
+            .get(&account)
+            .copied()
+            .unwrap_or(account)
     }
 
     /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.

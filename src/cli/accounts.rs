@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use super::Context;
 use crate::{
-    account::{Accounts, AuthFile, Imported, Listed},
+    account::{Accounts, AuthFile, Imported, Listed, merge::Policy},
     ids::AccountId,
 };
 
@@ -43,6 +43,12 @@ pub(super) enum AccountsCommand {
         /// A name of your own for the account
         #[arg(long)]
         label: Option<String>,
+        /// Keep what is stored of the seat, and store this login beside it; the seat's next login merges them
+        #[arg(long)]
+        side_by_side: bool,
+        /// Also replace an account of the same e-mail address, if it could be the same seat
+        #[arg(long)]
+        merge_email: bool,
     },
     /// Show every account
     List,
@@ -74,12 +80,21 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
         context.installation.pepper.clone(),
     );
     let (id, done) = match command {
-        AccountsCommand::Import { file, label } => {
+        AccountsCommand::Import {
+            file,
+            label,
+            side_by_side,
+            merge_email,
+        } => {
             let label = label
                 .as_deref()
                 .map(str::trim)
                 .filter(|label| !label.is_empty());
-            let imported = accounts.import(&read(&file)?, label).await?;
+            let policy = Policy {
+                by_seat: !side_by_side,
+                by_email: merge_email,
+            };
+            let imported = accounts.import_by(policy, &read(&file)?, label).await?;
             return print(context, &imported, || told(&imported));
         }
         AccountsCommand::List => {
@@ -172,14 +187,18 @@ fn told(imported: &Imported) -> String {
     let Imported {
         id,
         created,
+        merged,
         email,
         label,
         plan,
     } = imported;
-    let what = if *created {
-        "imported"
-    } else {
-        "updated: the new tokens replace the old ones"
+    let what = match (created, merged.len()) {
+        (true, _) => "imported".to_owned(),
+        (false, 0) => "updated: the new tokens replace the old ones".to_owned(),
+        (false, 1) => "updated; another account of the same seat is part of it now".to_owned(),
+        (false, others) => {
+            format!("updated; {others} other accounts of the same seat are part of it now")
+        }
     };
     let email = email.as_deref().unwrap_or("no e-mail address");
     let label = label

@@ -53,11 +53,13 @@ pub(super) async fn run(id: TurnId, context: &Context) -> anyhow::Result<()> {
     let pepper = context.installation.pepper.clone();
     let accounts = Accounts::new(db.clone(), context.ring.clone(), pepper);
     let listed = accounts.list().await?.into_iter();
-    let names = Names(
-        listed
-            .filter_map(|account| Some((account.id, account.label.or(account.email)?)))
-            .collect(),
-    );
+    let mut names: HashMap<AccountId, String> = listed
+        .filter_map(|account| Some((account.id, account.label.or(account.email)?)))
+        .collect();
+    for (from, to) in accounts.merges().await? {
+        names.extend(names.get(&to).cloned().map(|name| (from, name)));
+    }
+    let names = Names(names);
     println!("{}", text(&record, lease.as_ref(), snapshot, &names));
     Ok(())
 }

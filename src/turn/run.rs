@@ -263,6 +263,7 @@ impl<'a> Turn<'a> {
 
     /// Attempts until one completes or none can help.
     async fn attempts(&mut self, carrier: &mut Carrier) -> Finish {
+        carrier.rename(|account| self.engine.upstream.canonical(account));
         // Upstream remembers one response per socket. Anything else it is told again.
         if let Some(id) = &self.ask.request.facts.previous_response_id
             && !(carrier.remembers(id) && carrier::fits(&self.ask))
@@ -398,15 +399,21 @@ impl<'a> Turn<'a> {
 
     /// The account for the next attempt.
     fn choose(&mut self, preferred: Option<AccountId>) -> Result<AccountId, Stop> {
-        let view = self.engine.upstream.view();
+        let upstream = &self.engine.upstream;
+        let view = upstream.view();
+        // What was remembered before accounts were merged means the one that they are now, also where the view is newer than the key.
+        let canonical = |account: AccountId| upstream.canonical(account);
+        let granted = self.ask.caller.accounts();
+        let allowed: Option<Vec<AccountId>> =
+            granted.map(|granted| granted.iter().copied().map(canonical).collect());
         let model = &self.ask.request.facts.model;
         let ask = routing::Ask {
             now: self.now(),
             model,
             family: family_of(model),
-            sticky: preferred,
+            sticky: preferred.map(canonical),
             tried: &self.tried,
-            allowed: self.ask.caller.accounts(),
+            allowed: allowed.as_deref(),
             anchored: self.ask.request.facts.previous_response_id.is_some(),
         };
         match routing::select(&view, &ask, &mut rand::rng()) {
@@ -473,6 +480,7 @@ impl<'a> Turn<'a> {
             Effect::Block { until } => {
                 let reason = failure.word();
                 let family = self.family(failure);
+                let account = self.engine.upstream.canonical(account);
                 self.engine.quota.block(account, &family, until, reason);
                 return self.engine.upstream.shows_block(account, &family).await;
             }

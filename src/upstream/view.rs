@@ -23,17 +23,21 @@ const THROTTLE: Duration = Duration::from_millis(20);
 /// After the database could not be asked.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Builds the first view and starts the task that keeps it.
+/// Which accounts were merged into which.
+pub(super) type Merges = Arc<HashMap<AccountId, AccountId>>;
+
+/// Builds the first view and starts the task that keeps it. An account is not missing from the view before its merge is known.
 pub(super) async fn keep(
     accounts: Accounts,
     quota: Quota,
     bus: &Bus,
     tasks: &Tasks,
-) -> Result<watch::Receiver<Arc<View>>, db::Error> {
+) -> Result<(watch::Receiver<Arc<View>>, watch::Receiver<Merges>), db::Error> {
     let mut moved = bus.subscribe(Topic::Accounts);
     let mut models = bus.subscribe(Topic::Models);
     let mut observed = quota.changed();
     let mut entries = accounts.load_all().await?;
+    let (merges, merged) = watch::channel(Arc::new(accounts.merges().await?));
     let mut kept = HashMap::new();
     let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &mut kept)));
     let stop = tasks.stopping();
@@ -48,8 +52,15 @@ pub(super) async fn keep(
                     () = tokio::time::sleep(PAUSE), if stale => {}
                 }
                 if stale {
-                    match accounts.load_all().await {
-                        Ok(read) => (entries, stale) = (read, false),
+                    let read = async {
+                        let entries = accounts.load_all().await?;
+                        Ok::<_, db::Error>((entries, accounts.merges().await?))
+                    };
+                    match read.await {
+                        Ok((read, moves)) => {
+                            (entries, stale) = (read, false);
+                            merges.send_replace(Arc::new(moves));
+                        }
                         Err(error) => tracing::warn!(%error, "the view of the pool is old"),
                     }
                 }
@@ -59,7 +70,7 @@ pub(super) async fn keep(
         };
         stop.run_until_cancelled(follow).await;
     });
-    Ok(receiver)
+    Ok((receiver, merged))
 }
 
 /// What is carried from snapshot to snapshot: the turns in flight and what is held against the account.
