@@ -50,6 +50,7 @@ use crate::{
     },
     quota::Quota,
     replica::Replica,
+    routing,
     snapshot::Snapshots,
     task::Tasks,
     token,
@@ -246,6 +247,8 @@ pub enum Stop {
         /// For the operator.
         why: String,
     },
+    /// Every account that could serve runs as many turns as it may.
+    Busy,
     /// `previous_response_id` names what no upstream socket at hand remembers.
     PreviousResponseNotFound,
     /// The conversation cannot be continued here and now, and when to come back.
@@ -290,6 +293,8 @@ pub struct Parts {
     pub peers: Option<Peers>,
     /// Sessions at most.
     pub max_sessions: usize,
+    /// How accounts are chosen.
+    pub policy: routing::Policy,
 }
 
 struct Inner {
@@ -305,6 +310,7 @@ struct Inner {
     keys: ApiKeys,
     peers: Option<Peers>,
     sessions: Registry,
+    chooser: run::Chooser,
     tasks: Tasks,
     /// No session is opened any more.
     closing: AtomicBool,
@@ -338,6 +344,7 @@ impl Engine {
             keys: parts.keys,
             peers: parts.peers,
             sessions: Registry::new(parts.max_sessions),
+            chooser: run::Chooser::new(parts.policy),
             tasks: tasks.clone(),
             closing: AtomicBool::new(false),
             cancel: CancellationToken::new(),

@@ -5,6 +5,7 @@ mod catalogue;
 pub mod credential;
 pub mod http;
 pub mod oauth;
+mod usage;
 mod view;
 pub mod websocket;
 
@@ -29,6 +30,7 @@ use crate::{
     config,
     db::{Clock, Db},
     ids::AccountId,
+    poll::Polls,
     protocol::{failure::Failure, limits::Family},
     quota::Quota,
     routing::View,
@@ -81,6 +83,7 @@ pub struct Upstream {
     quota: Quota,
     accounts: Accounts,
     catalogue: Catalogue,
+    polls: Polls,
     view: watch::Receiver<Arc<View>>,
     clock: Clock,
     transport: config::Transport,
@@ -108,7 +111,8 @@ impl Upstream {
             bus,
             tasks,
         );
-        let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let weights = config.plan_weights.clone();
+        let view = view::keep(accounts.clone(), quota.clone(), weights, bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
             client,
@@ -117,6 +121,7 @@ impl Upstream {
             quota: quota.clone(),
             accounts: accounts.clone(),
             catalogue,
+            polls: Polls::new(db.clone()),
             view,
             clock: db.clock().clone(),
             transport: config.transport,
@@ -148,7 +153,7 @@ impl Upstream {
         let now = self.now();
         let view = self.view.borrow();
         let known = view.account(account);
-        if let Some(until) = known.and_then(|account| account.penalty.strike(now)) {
+        if let Some(until) = known.and_then(|account| account.load.penalty.strike(now)) {
             let seconds = until - now;
             tracing::warn!(account_id = %account, seconds, "an account fails; it is the last choice for a while");
         }
@@ -157,7 +162,7 @@ impl Upstream {
     /// Notes that the account has served.
     pub fn lift_penalty(&self, account: AccountId) {
         if let Some(account) = self.view.borrow().account(account) {
-            account.penalty.lift();
+            account.load.penalty.lift();
         }
     }
 

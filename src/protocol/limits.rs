@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 pub use feed::{UsageReport, active_family, from_event, from_headers, from_usage};
-pub use pool::{PoolView, PoolWindow};
+pub use pool::{PoolFamily, PoolView, PoolWindow};
 
 /// The limit that a quota belongs to: `codex`, or that of a model or feature such as `codex_bengalfox`.
 #[derive(

@@ -32,6 +32,25 @@ pub struct PoolView {
     pub limit_reached: bool,
     /// Credits of all accounts together.
     pub credits: Option<Credits>,
+    /// The limits of single models or features.
+    pub families: Vec<PoolFamily>,
+}
+
+/// The pool's quota of one family beside the default one.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PoolFamily {
+    /// Its id, e.g. `codex_bengalfox`.
+    pub id: String,
+    /// Its name for people.
+    pub name: String,
+    /// The five-hour window.
+    pub primary: Option<PoolWindow>,
+    /// The weekly window.
+    pub secondary: Option<PoolWindow>,
+    /// The monthly window.
+    pub monthly: Option<PoolWindow>,
+    /// As in [`PoolView`].
+    pub limit_reached: bool,
 }
 
 impl PoolView {
@@ -130,20 +149,39 @@ impl PoolView {
                 reset_at,
             }
         };
+        let limit = |limit_reached: bool, windows: [Option<PoolWindow>; 3]| {
+            let [primary_window, secondary_window, monthly_window] =
+                windows.map(|shown| shown.map(window));
+            Limit {
+                allowed: !limit_reached,
+                limit_reached,
+                windows: UsageWindows {
+                    primary_window,
+                    secondary_window,
+                    monthly_window,
+                },
+            }
+        };
         json(&Usage {
             plan_type: &self.plan_type,
-            rate_limit: Limit {
-                allowed: !self.limit_reached,
-                limit_reached: self.limit_reached,
-                windows: UsageWindows {
-                    primary_window: self.primary.map(window),
-                    secondary_window: self.secondary.map(window),
-                    monthly_window: self.monthly.map(window),
-                },
-            },
+            rate_limit: limit(
+                self.limit_reached,
+                [self.primary, self.secondary, self.monthly],
+            ),
             credits: self.credits.map(CreditsShown::from),
             rate_limit_reset_credits: None,
-            additional_rate_limits: [],
+            additional_rate_limits: self
+                .families
+                .iter()
+                .map(|family| AdditionalLimit {
+                    limit_name: &family.name,
+                    metered_feature: &family.id,
+                    rate_limit: limit(
+                        family.limit_reached,
+                        [family.primary, family.secondary, family.monthly],
+                    ),
+                })
+                .collect(),
         })
     }
 }
@@ -183,7 +221,14 @@ struct Usage<'a> {
     rate_limit: Limit<UsageWindows>,
     credits: Option<CreditsShown>,
     rate_limit_reset_credits: Option<()>,
-    additional_rate_limits: [(); 0],
+    additional_rate_limits: Vec<AdditionalLimit<'a>>,
+}
+
+#[derive(Serialize)]
+struct AdditionalLimit<'a> {
+    limit_name: &'a str,
+    metered_feature: &'a str,
+    rate_limit: Limit<UsageWindows>,
 }
 
 #[derive(Serialize)]
@@ -281,6 +326,7 @@ mod tests {
                 unlimited: false,
                 balance: Some(12.5),
             }),
+            families: Vec::new(),
         }
     }
 
