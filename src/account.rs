@@ -8,6 +8,7 @@ mod auth_file;
 mod claim;
 pub mod claims;
 pub mod merge;
+mod plan;
 mod reconcile;
 pub mod sticky;
 mod store;
@@ -29,7 +30,7 @@ pub use self::{
     sticky::Sticky,
     store::STATEMENTS,
 };
-use self::{claims::Claims, store::SealedTokens};
+use self::{claims::Claims, plan::Verdict, store::SealedTokens};
 use crate::{
     bus::{self, Topic},
     db::{self, Db},
@@ -322,6 +323,32 @@ impl Accounts {
         let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
         bus::commit(tx, &[Topic::Accounts]).await?;
         Ok(Some(generation))
+    }
+
+    /// Notes the plan that the usage endpoint names; yields whether it became the account's. A smaller one is believed when it is named twice.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn see_plan(&self, id: AccountId, named: &str) -> Result<bool, db::Error> {
+        let named = named.to_ascii_lowercase();
+        let tx = self.db.begin().await?;
+        let Some((known, before)) = store::sighting(&tx, id).await? else {
+            return Ok(false);
+        };
+        let before = before.as_ref().map(|(plan, at)| (plan.as_str(), *at));
+        let verdict = plan::judge(&known, before, &named, self.db.clock().now());
+        match verdict {
+            Verdict::Ignore => return Ok(false),
+            Verdict::Wait => store::see_plan(&tx, id, &named).await?,
+            Verdict::Same | Verdict::Change => store::forget_sighting(&tx, id).await?,
+        }
+        if verdict != Verdict::Change {
+            return tx.commit().await.map(|()| false);
+        }
+        store::set_plan(&tx, id, &named).await?;
+        bus::commit(tx, &[Topic::Accounts]).await?;
+        tracing::info!(account_id = %id, from = known, to = named, "an account has another plan");
+        Ok(true)
     }
 
     /// Stores an account's catalogue: upstream's array, each entry as it came.

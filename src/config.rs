@@ -16,7 +16,10 @@ use serde::{Serialize, Serializer};
 use self::faults::{Faults, address, duration, url};
 use self::settings::NAMES;
 pub use self::{settings::Settings, unknown::unknown_names};
-use crate::telemetry::LogFormat;
+use crate::{
+    routing::{Policy, Weights},
+    telemetry::LogFormat,
+};
 
 /// The checked settings.
 #[derive(Clone, Debug, Serialize)]
@@ -56,6 +59,8 @@ pub struct Config {
     pub hide_quota: bool,
     /// Sessions at once.
     pub max_sessions: usize,
+    /// How accounts are chosen.
+    pub routing: Policy,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
     pub time_scale: f64,
 }
@@ -149,6 +154,11 @@ pub struct Upstream {
     pub ca_file: Option<PathBuf>,
     /// How turns travel.
     pub transport: Transport,
+    /// How often the usage endpoint is asked about an account; none = never.
+    #[serde(serialize_with = "as_printed")]
+    pub usage_poll: Option<Duration>,
+    /// The sizes of plans.
+    pub plan_weights: Weights,
 }
 
 /// How turns travel to the upstream.
@@ -314,6 +324,23 @@ impl Settings {
                         _ => None,
                     },
                 ),
+                usage_poll: faults.parse(
+                    "DRAWBRIDGE_USAGE_POLL",
+                    self.usage_poll,
+                    "60s",
+                    "off, or a time from 1s",
+                    |text| match text {
+                        "off" => Some(None),
+                        time => Some(Some(duration(time).filter(|time| *time >= SECOND)?)),
+                    },
+                ),
+                plan_weights: faults.parse(
+                    "DRAWBRIDGE_PLAN_WEIGHTS",
+                    self.plan_weights,
+                    "",
+                    "plans and their sizes relative to plus, such as pro=6.67,free=0.15",
+                    |text| text.parse().ok(),
+                ),
             },
             key_rule: faults.parse(
                 "DRAWBRIDGE_REQUIRE_API_KEY",
@@ -389,6 +416,26 @@ impl Settings {
                 "a number from 1",
                 |text| text.parse().ok().filter(|most| *most > 0),
             ),
+            routing: Policy {
+                strategy: faults.parse(
+                    "DRAWBRIDGE_ROUTING",
+                    self.routing,
+                    "capacity",
+                    "capacity, soonest-reset or round-robin",
+                    |text| text.parse().ok(),
+                ),
+                turns_per_account: faults.parse(
+                    "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+                    self.turns_per_account,
+                    "0",
+                    "a number, 0 for no limit",
+                    |text| {
+                        text.parse()
+                            .ok()
+                            .map(|most: u32| (most > 0).then_some(most))
+                    },
+                ),
+            },
             time_scale: faults.parse(
                 "DRAWBRIDGE_TEST_TIME_SCALE",
                 self.test_time_scale,
@@ -400,6 +447,8 @@ impl Settings {
         faults.none().map(|()| config)
     }
 }
+
+const SECOND: Duration = Duration::from_secs(1);
 
 fn default_data_dir() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {

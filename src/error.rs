@@ -73,7 +73,7 @@ pub enum Code {
     UpgradeRequired,
     /// Every eligible account has used up its limit.
     UsageLimitReached,
-    /// This replica holds as many bytes of bodies as it may.
+    /// This replica holds as many bytes of bodies as it may, or every account as many turns.
     Overloaded,
     /// The key has asked for this too often.
     RateLimited,
@@ -519,6 +519,10 @@ impl From<Stop> for ApiError {
             Stop::Nobody { .. } => Self::new(
                 Code::NoAccounts,
                 "No account of the pool can serve this request at the moment.",
+            ),
+            Stop::Busy => Self::new(
+                Code::Overloaded,
+                "Every account of the pool runs as many turns as it may; try again.",
             ),
             Stop::PreviousResponseNotFound => bridge::not_found(),
             Stop::Rejected(reject, wait) => bridge::rejected(reject, wait),

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::{
-    account::sticky::Sticky, db::Db, lease::Leases, ledger::Ledger, replica, snapshot::Snapshots,
-    task::Tasks, telemetry, turn::Engine, upstream::Upstream,
+    account::sticky::Sticky, db::Db, lease::Leases, ledger::Ledger, quota::Quota, replica,
+    snapshot::Snapshots, task::Tasks, telemetry, turn::Engine, upstream::Upstream,
 };
 
 /// How often turns of dead replicas are looked for.
@@ -21,10 +21,6 @@ const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 const GAUGES: Duration = Duration::from_secs(5);
 /// How often logins that are due are refreshed, whether or not anybody uses them.
 const LOGINS: Duration = Duration::from_secs(60);
-/// How often the model catalogues are read.
-const MODELS: Duration = Duration::from_secs(3600);
-/// ... and how soon again where that failed.
-const MODELS_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the jobs work on.
 #[derive(Clone)]
@@ -39,14 +35,25 @@ pub struct Parts {
     pub leases: Leases,
     /// Histories.
     pub snapshots: Snapshots,
-    /// Model catalogues.
+    /// What is known of limits.
+    pub quota: Quota,
+    /// Usage and model catalogues.
     pub upstream: Upstream,
     /// Sessions.
     pub engine: Engine,
 }
 
+/// What the operator decides about them.
+pub struct Periods {
+    /// Age at which history is deleted.
+    pub retention_days: u16,
+    /// How often the usage endpoint is asked about an account; none = never.
+    pub usage_poll: Option<Duration>,
+}
+
 /// Starts every job.
-pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
+pub fn start(tasks: &Tasks, parts: &Parts, periods: &Periods) {
+    let retention_days = periods.retention_days;
     let ledger = parts.ledger.clone();
     tasks.periodic("sweep", SWEEP, move || {
         let ledger = ledger.clone();
@@ -93,15 +100,14 @@ pub fn start(tasks: &Tasks, parts: &Parts, retention_days: u16) {
     });
     let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());
     drop(tasks.spawn("models", async move {
-        let refresh = async {
-            loop {
-                let all = upstream.refresh_models().await;
-                let patience = if all { MODELS } else { MODELS_AGAIN };
-                upstream.accounts_changed(patience).await;
-            }
-        };
-        stop.run_until_cancelled(refresh).await;
+        stop.run_until_cancelled(upstream.poll_models()).await;
     }));
+    if let Some(every) = periods.usage_poll {
+        let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());
+        drop(tasks.spawn("usage", async move {
+            stop.run_until_cancelled(upstream.poll_usage(every)).await;
+        }));
+    }
 }
 
 impl Parts {
@@ -112,6 +118,9 @@ impl Parts {
         }
         if let Err(error) = self.ledger.delete_older_than(retention_days).await {
             tracing::warn!(%error, "cannot delete old rows of the request log");
+        }
+        if let Err(error) = self.quota.purge(retention_days).await {
+            tracing::warn!(%error, "cannot delete old usage");
         }
         if let Err(error) = self.sticky.purge_expired().await {
             tracing::warn!(%error, "cannot delete old sticky sessions");

@@ -158,6 +158,7 @@ impl Server {
                 peers,
                 max_sessions: config.max_sessions,
                 hide_quota: config.hide_quota,
+                policy: config.routing,
             },
             &tasks,
         );
@@ -190,10 +191,15 @@ impl Server {
             sticky,
             leases,
             snapshots,
+            quota: quota.clone(),
             upstream: upstream.clone(),
             engine: engine.clone(),
         };
-        jobs::start(&tasks, &parts, config.retention_days);
+        let periods = jobs::Periods {
+            retention_days: config.retention_days,
+            usage_poll: config.upstream.usage_poll,
+        };
+        jobs::start(&tasks, &parts, &periods);
 
         let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
         let state = Arc::new(ingress::State {

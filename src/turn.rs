@@ -51,6 +51,7 @@ use crate::{
     },
     quota::Quota,
     replica::Replica,
+    routing,
     snapshot::Snapshots,
     task::Tasks,
     token,
@@ -254,6 +255,8 @@ pub enum Stop {
         /// For the operator.
         why: String,
     },
+    /// Every account that could serve runs as many turns as it may.
+    Busy,
     /// `previous_response_id` names what no upstream socket at hand remembers.
     PreviousResponseNotFound,
     /// The conversation cannot be continued here and now, and when to come back.
@@ -300,6 +303,8 @@ pub struct Parts {
     pub max_sessions: usize,
     /// Whether no client sees anything of quota.
     pub hide_quota: bool,
+    /// How accounts are chosen.
+    pub policy: routing::Policy,
 }
 
 struct Inner {
@@ -316,6 +321,7 @@ struct Inner {
     peers: Option<Peers>,
     sessions: Registry,
     hide_quota: bool,
+    chooser: run::Chooser,
     tasks: Tasks,
     /// No session is opened any more.
     closing: AtomicBool,
@@ -350,6 +356,7 @@ impl Engine {
             peers: parts.peers,
             sessions: Registry::new(parts.max_sessions),
             hide_quota: parts.hide_quota,
+            chooser: run::Chooser::new(parts.policy),
             tasks: tasks.clone(),
             closing: AtomicBool::new(false),
             cancel: CancellationToken::new(),

@@ -6,6 +6,7 @@ pub mod credential;
 pub mod http;
 pub mod oauth;
 mod refresh;
+mod usage;
 mod view;
 pub mod websocket;
 
@@ -32,6 +33,7 @@ use crate::{
     config,
     db::{Clock, Db},
     ids::AccountId,
+    poll::Polls,
     protocol::{failure::Failure, limits::Family},
     quota::Quota,
     routing::View,
@@ -85,6 +87,7 @@ pub struct Upstream {
     accounts: Accounts,
     catalogue: Catalogue,
     flights: Flights,
+    polls: Polls,
     view: watch::Receiver<Arc<View>>,
     merges: watch::Receiver<view::Merges>,
     clock: Clock,
@@ -113,7 +116,9 @@ impl Upstream {
             bus,
             tasks,
         );
-        let (view, merges) = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let weights = config.plan_weights.clone();
+        let (view, merges) =
+            view::keep(accounts.clone(), quota.clone(), weights, bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
             client,
@@ -123,6 +128,7 @@ impl Upstream {
             accounts: accounts.clone(),
             catalogue,
             flights: Flights::default(),
+            polls: Polls::new(db.clone()),
             view,
             merges,
             clock: db.clock().clone(),
@@ -165,7 +171,7 @@ impl Upstream {
         let now = self.now();
         let view = self.view.borrow();
         let known = view.account(account);
-        if let Some(until) = known.and_then(|account| account.penalty.strike(now)) {
+        if let Some(until) = known.and_then(|account| account.load.penalty.strike(now)) {
             let seconds = until - now;
             tracing::warn!(account_id = %account, seconds, "an account fails; it is the last choice for a while");
         }
@@ -174,7 +180,7 @@ impl Upstream {
     /// Notes that the account has served.
     pub fn lift_penalty(&self, account: AccountId) {
         if let Some(account) = self.view.borrow().account(account) {
-            account.penalty.lift();
+            account.load.penalty.lift();
         }
     }
 

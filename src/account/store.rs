@@ -1,4 +1,4 @@
-//! Statements of `accounts`, `account_credentials`, `account_models` and `sticky_sessions`. Secrets come and go sealed.
+//! Statements of `accounts`, `account_credentials`, `account_models`, `plan_sightings` and `sticky_sessions`. Secrets come and go sealed.
 //!
 //! Whoever changes a credential or a life cycle locks the row of `accounts` first, so that a generation that was read under the lock holds.
 
@@ -101,6 +101,20 @@ statements! { "account";
 
     /// Under `LOCK_ACCOUNT`.
     SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type <> $2";
+
+    /// Locks the account; what was named before is read under that lock.
+    SIGHTING: [UUID] = "
+        select a.plan_type, p.plan_type, p.seen_at from accounts a left join plan_sightings p using (account_id)
+        where account_id = $1 for no key update of a";
+
+    /// Under `SIGHTING`. The first sighting of a plan counts.
+    SEE_PLAN: [UUID, TEXT] = "
+        insert into plan_sightings as known (account_id, plan_type, seen_at) values ($1, $2, clock_timestamp())
+        on conflict (account_id) do update set plan_type = excluded.plan_type, seen_at = excluded.seen_at
+        where known.plan_type <> excluded.plan_type or known.seen_at < clock_timestamp() - interval '1 day'";
+
+    /// Under `SIGHTING`.
+    FORGET_SIGHTING: [UUID] = "delete from plan_sightings where account_id = $1";
 
     /// Under `LOCK_ACCOUNT`.
     SET_STATUS: [UUID, TEXT, TEXT] = "
@@ -355,7 +369,7 @@ pub(super) async fn rotate(
         access_expires_at,
     } = tokens;
     if let Some(plan) = plan {
-        tx.exec(&SET_PLAN, &[&id, &plan]).await?;
+        set_plan(tx, id, plan).await?;
     }
     let row = tx
         .one(
@@ -364,6 +378,33 @@ pub(super) async fn rotate(
         )
         .await?;
     Ok(row.try_get(0)?)
+}
+
+/// A plan and what was named against it, when.
+pub(super) type Sighting = (String, Option<(String, Timestamp)>);
+
+/// Locks an account; yields its plan and what was named against it. `None` if there is no such account.
+pub(super) async fn sighting(tx: &Connection, id: AccountId) -> Result<Option<Sighting>, Error> {
+    let Some(row) = tx.opt(&SIGHTING, &[&id]).await? else {
+        return Ok(None);
+    };
+    let (named, seen_at): (Option<String>, Option<Timestamp>) = (row.try_get(1)?, row.try_get(2)?);
+    Ok(Some((row.try_get(0)?, named.zip(seen_at))))
+}
+
+/// Of an account that `sighting` locked.
+pub(super) async fn see_plan(tx: &Connection, id: AccountId, named: &str) -> Result<(), Error> {
+    tx.exec(&SEE_PLAN, &[&id, &named]).await.map(drop)
+}
+
+/// Of an account that `sighting` locked.
+pub(super) async fn forget_sighting(tx: &Connection, id: AccountId) -> Result<(), Error> {
+    tx.exec(&FORGET_SIGHTING, &[&id]).await.map(drop)
+}
+
+/// Of a locked account.
+pub(super) async fn set_plan(tx: &Connection, id: AccountId, plan: &str) -> Result<(), Error> {
+    tx.exec(&SET_PLAN, &[&id, &plan]).await.map(drop)
 }
 
 /// Of a locked account.

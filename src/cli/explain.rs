@@ -205,8 +205,9 @@ fn chosen(request: &Entry, names: &Names) -> String {
         None => "use unknown".to_owned(),
     };
     format!(
-        "{}: {pool}{others}; it had capacity {:.2}, {used}, {} in flight, sticky {}",
+        "{} by {}: {pool}{others}; it had capacity {:.2}, {used}, {} in flight, sticky {}",
         name(&chosen["account"]),
+        explanation["strategy"].as_str().unwrap_or("capacity"),
         chosen["capacity"].as_f64().unwrap_or_default(),
         count(&chosen["in_flight"]),
         chosen["sticky"].as_str().unwrap_or("unknown"),

@@ -121,6 +121,33 @@ pub struct Settings {
         value_name = "WORD"
     )]
     pub(super) upstream_transport: Option<String>,
+    /// How often upstream is asked what an account has used, where turns do not tell; off = never [default: 60s]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_USAGE_POLL",
+        value_name = "TIME"
+    )]
+    pub(super) usage_poll: Option<String>,
+    /// Sizes of plans relative to plus, where those that are known are wrong: pro=6.67,free=0.15
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_PLAN_WEIGHTS",
+        value_name = "LIST"
+    )]
+    pub(super) plan_weights: Option<String>,
+    /// Which account serves a new conversation: capacity, soonest-reset or round-robin [default: capacity]
+    #[arg(long, global = true, env = "DRAWBRIDGE_ROUTING", value_name = "WORD")]
+    pub(super) routing: Option<String>,
+    /// Turns of this replica at one account at once; 0 = any number [default: 0]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+        value_name = "N"
+    )]
+    pub(super) turns_per_account: Option<String>,
     /// auto (loopback may go without until a key exists) or always [default: auto]
     #[arg(
         long,
@@ -206,7 +233,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 27] = [
+pub(super) const NAMES: [&str; 31] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -223,6 +250,10 @@ pub(super) const NAMES: [&str; 27] = [
     "DRAWBRIDGE_AUTH_URL",
     "DRAWBRIDGE_CA_FILE",
     "DRAWBRIDGE_UPSTREAM_TRANSPORT",
+    "DRAWBRIDGE_USAGE_POLL",
+    "DRAWBRIDGE_PLAN_WEIGHTS",
+    "DRAWBRIDGE_ROUTING",
+    "DRAWBRIDGE_TURNS_PER_ACCOUNT",
     "DRAWBRIDGE_REQUIRE_API_KEY",
     "DRAWBRIDGE_DRAIN_DELAY",
     "DRAWBRIDGE_DRAIN_GRACE",

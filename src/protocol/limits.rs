@@ -17,7 +17,7 @@ use std::fmt;
 
 pub use feed::{UsageReport, active_family, from_event, from_headers, from_usage};
 pub use key_usage::{Remaining, UpstreamLimit};
-pub use pool::{PoolView, PoolWindow};
+pub use pool::{PoolFamily, PoolView, PoolWindow};
 pub use visibility::{QuotaVisibility, Section};
 
 /// The limit that a quota belongs to: `codex`, or that of a model or feature such as `codex_bengalfox`.

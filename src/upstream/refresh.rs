@@ -18,17 +18,8 @@ use futures_util::{
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Upstream, credential::Freshness};
-use crate::{
-    db,
-    ids::AccountId,
-    protocol::{
-        failure::Class,
-        limits::{self, UsageReport},
-    },
-    quota::Source,
-    routing::Lifecycle,
-};
+use super::Upstream;
+use crate::{db, ids::AccountId, protocol::limits::UsageReport, routing::Lifecycle};
 
 /// For one question, and for all of a refresh: what has not come by then is not waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -91,8 +82,13 @@ impl Flights {
         let flight = flights.entry(account).or_insert_with(|| {
             let upstream = upstream.clone();
             let ask = async move {
-                let answer = timeout(PATIENCE, upstream.usage_of(account)).await;
-                answer.ok().flatten().map(Arc::new)
+                let told = timeout(PATIENCE, upstream.usage_of(account)).await;
+                let (report, began) = told.ok()?.ok()?;
+                Some(Arc::new(Answer {
+                    account,
+                    report,
+                    began,
+                }))
             };
             Flight {
                 began: Instant::now(),
@@ -135,51 +131,23 @@ impl Upstream {
             .await;
         // All at once, so that it is announced once.
         for answer in &answers {
-            self.take(answer);
+            let Answer {
+                account,
+                report,
+                began,
+            } = &**answer;
+            self.quota.report(*account, report, *began);
         }
         self.quota.flush().await;
+        for answer in &answers {
+            // A failure is logged there, and the next question tells it again.
+            drop(self.see_plan(answer.account, &answer.report).await);
+        }
         Ok(Refreshed {
             accounts: accounts.len(),
             attempted: serving.len(),
             written: !answers.is_empty(),
             cut: stop.is_cancelled(),
         })
-    }
-
-    fn take(&self, answer: &Answer) {
-        for observation in &answer.report.observations {
-            self.quota
-                .observe(answer.account, observation, answer.began, Source::Poll);
-        }
-    }
-
-    /// One question; a refused token is renewed once.
-    async fn usage_of(&self, account: AccountId) -> Option<Answer> {
-        let mut freshness = Freshness::Any;
-        loop {
-            let began = Instant::now();
-            let credential = self.credentials.fresh(account, freshness).await.ok()?;
-            match self.document(account, &credential, "/wham/usage").await {
-                Ok((_, body)) => {
-                    let report = limits::from_usage(&body, self.now())?;
-                    // An answer for another workspace says nothing of this account.
-                    let told = report.workspace_id.as_ref();
-                    let ours = credential.chatgpt_account_id.as_ref();
-                    let same = told.is_none() || ours.is_none() || told == ours;
-                    return same.then_some(Answer {
-                        account,
-                        report,
-                        began,
-                    });
-                }
-                Err(failure) if failure.class == Class::Auth && freshness == Freshness::Any => {
-                    freshness = Freshness::NotGeneration(credential.generation);
-                }
-                Err(failure) => {
-                    tracing::debug!(account_id = %account, %failure, "upstream does not tell of usage");
-                    return None;
-                }
-            }
-        }
     }
 }

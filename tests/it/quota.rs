@@ -342,7 +342,13 @@ async fn samples_merge_in_sql_as_in_memory() {
     let mut states = Vec::new();
     for (observed_at, used_percent) in [(1, 10.0), (1, 20.0), (2, 10.0), (2, 20.0)] {
         for resets_at in [None, Some(5), Some(6)] {
-            for source in [Source::Error, Source::Event, Source::Header, Source::Poll] {
+            for source in [
+                Source::Error,
+                Source::Event,
+                Source::Header,
+                Source::Poll,
+                Source::Unlisted,
+            ] {
                 states.push(Sample {
                     used_percent,
                     resets_at: resets_at.map(|second| at(second).as_second()),

@@ -5,19 +5,20 @@ use std::path::{Path, PathBuf};
 use drawbridge::{
     account, api_key, bus,
     db::{INSTALLATION_STATEMENTS, Stmt, dependents},
-    lease, ledger, quota, replica, snapshot,
+    lease, ledger, poll, quota, replica, snapshot,
 };
 
 use crate::support::store::Store;
 
 /// The statements of each room that has a store.
-const STORES: [(&str, &[&Stmt]); 9] = [
+const STORES: [(&str, &[&Stmt]); 10] = [
     ("account", account::STATEMENTS),
     ("api_key", api_key::STATEMENTS),
     ("bus", bus::STATEMENTS),
     ("lease", lease::STATEMENTS),
     ("ledger", ledger::STATEMENTS),
     ("ledger/history", ledger::HISTORY_STATEMENTS),
+    ("poll", poll::STATEMENTS),
     ("quota", quota::STATEMENTS),
     ("replica", replica::STATEMENTS),
     ("snapshot", snapshot::STATEMENTS),

@@ -55,11 +55,12 @@ fn known(listed: &Listed, windows: &[routing::Window], blocked: bool) -> Account
         id: listed.id,
         lifecycle: listed.lifecycle,
         plan: listed.plan.clone(),
+        weight: 1.0,
+        credits: None,
         windows: windows.to_vec(),
         blocks: Vec::from_iter(blocked.then_some(block)),
         models: None,
-        in_flight: Default::default(),
-        penalty: Default::default(),
+        load: Default::default(),
     }
 }
 

@@ -32,6 +32,25 @@ pub struct PoolView {
     pub limit_reached: bool,
     /// Credits of all accounts together.
     pub credits: Option<Credits>,
+    /// The limits of single models or features.
+    pub families: Vec<PoolFamily>,
+}
+
+/// The pool's quota of one family beside the default one.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PoolFamily {
+    /// Its id, e.g. `codex_bengalfox`.
+    pub id: String,
+    /// Its name for people.
+    pub name: String,
+    /// The five-hour window.
+    pub primary: Option<PoolWindow>,
+    /// The weekly window.
+    pub secondary: Option<PoolWindow>,
+    /// The monthly window.
+    pub monthly: Option<PoolWindow>,
+    /// As in [`PoolView`].
+    pub limit_reached: bool,
 }
 
 impl PoolView {
@@ -121,21 +140,41 @@ impl PoolView {
                 reset_at,
             })
         };
-        let limit_reached = seen.both(self.limit_reached).unwrap_or_default();
-        json(&Usage {
-            plan_type: &self.plan_type,
-            rate_limit: Limit {
+        let limit = |limit_reached: bool, windows: [Option<PoolWindow>; 3]| {
+            let [primary_window, secondary_window, monthly_window] =
+                windows.map(|shown| shown.and_then(window));
+            let limit_reached = seen.both(limit_reached).unwrap_or_default();
+            Limit {
                 allowed: !limit_reached,
                 limit_reached,
                 windows: UsageWindows {
-                    primary_window: self.primary.and_then(window),
-                    secondary_window: self.secondary.and_then(window),
-                    monthly_window: self.monthly.and_then(window),
+                    primary_window,
+                    secondary_window,
+                    monthly_window,
                 },
-            },
+            }
+        };
+        json(&Usage {
+            plan_type: &self.plan_type,
+            rate_limit: limit(
+                self.limit_reached,
+                [self.primary, self.secondary, self.monthly],
+            ),
             credits: seen.pool(self.credits).flatten().map(CreditsShown::from),
             rate_limit_reset_credits: None,
-            additional_rate_limits: [],
+            additional_rate_limits: self
+                .families
+                .iter()
+                .filter(|_| seen.both(()).is_some())
+                .map(|family| AdditionalLimit {
+                    limit_name: &family.name,
+                    metered_feature: &family.id,
+                    rate_limit: limit(
+                        family.limit_reached,
+                        [family.primary, family.secondary, family.monthly],
+                    ),
+                })
+                .collect(),
         })
     }
 }
@@ -175,7 +214,14 @@ struct Usage<'a> {
     rate_limit: Limit<UsageWindows>,
     credits: Option<CreditsShown>,
     rate_limit_reset_credits: Option<()>,
-    additional_rate_limits: [(); 0],
+    additional_rate_limits: Vec<AdditionalLimit<'a>>,
+}
+
+#[derive(Serialize)]
+struct AdditionalLimit<'a> {
+    limit_name: &'a str,
+    metered_feature: &'a str,
+    rate_limit: Limit<UsageWindows>,
 }
 
 #[derive(Serialize)]
@@ -277,6 +323,7 @@ mod tests {
                 unlimited: false,
                 balance: Some(12.5),
             }),
+            families: Vec::new(),
         }
     }
 

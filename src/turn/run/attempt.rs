@@ -1,12 +1,6 @@
 //! One attempt of a turn at one account: reserve, send, relay.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use http::HeaderMap;
 
@@ -84,7 +78,6 @@ impl Turn<'_> {
         began: Instant,
     ) -> Attempted {
         let upstream = &self.engine.upstream;
-        let _slot = self.slot(account);
         let opening = carrier.open(upstream, account, credential, &self.ask, self.detour);
         match self.unless_over(opening).await {
             Err(over) => return Attempted::Over(over),
@@ -350,27 +343,6 @@ impl Turn<'_> {
         };
         tracing::warn!(turn_id = %self.ask.id, %error, "no fresh credential");
         Failure::local(class, "Upstream cannot be asked at the moment", self.now())
-    }
-
-    fn slot(&self, account: AccountId) -> Option<Slot> {
-        let view = self.engine.upstream.view();
-        Some(Slot::take(&view.account(account)?.in_flight))
-    }
-}
-
-/// A turn in flight at an account.
-struct Slot(Arc<AtomicU32>);
-
-impl Slot {
-    fn take(counter: &Arc<AtomicU32>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(counter))
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct Plan {
     pub(crate) key: bool,
     /// Whether no client sees anything of quota.
     pub(crate) hide_quota: bool,
+    /// How often upstream is asked about usage.
+    pub(crate) usage_poll: Option<Duration>,
 }
 
 impl Default for Plan {
@@ -55,6 +57,7 @@ impl Default for Plan {
             key_rule: KeyRule::Auto,
             key: true,
             hide_quota: false,
+            usage_poll: None,
         }
     }
 }
@@ -328,5 +331,6 @@ fn config(plan: &Plan, upstream: &Upstream) -> Config {
     config.upstream.transport = plan.transport;
     config.key_rule = plan.key_rule;
     config.hide_quota = plan.hide_quota;
+    config.upstream.usage_poll = plan.usage_poll;
     config
 }
