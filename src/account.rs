@@ -7,6 +7,7 @@
 mod auth_file;
 mod claim;
 pub mod claims;
+pub mod export;
 pub mod merge;
 mod plan;
 mod reconcile;

@@ -16,15 +16,19 @@ use zeroize::Zeroizing;
 
 use super::Context;
 use crate::{
-    account::{Accounts, AuthFile, Imported, Listed, merge::Policy},
+    account::{
+        Accounts, Imported, Listed,
+        export::{self, Entry},
+        merge::Policy,
+    },
     ids::AccountId,
 };
 
 /// Digits of an id that name an account at least.
 const PREFIX: usize = 8;
 
-/// No auth.json is larger.
-const LARGEST: u64 = 1024 * 1024;
+/// No file of logins is larger.
+const LARGEST: u64 = 16 * 1024 * 1024;
 
 /// What a person should know after an import.
 const AFTER_IMPORT: &str = r#"
@@ -36,11 +40,11 @@ once only, so whoever comes second is logged out. To make a login for Drawbridge
 /// Import and manage upstream accounts
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
-    /// Store a login of the Codex CLI; a known seat gets the new tokens and is active again
+    /// Store a login of the Codex CLI, or those of a codex-lb export; a known seat gets the new tokens and is active again
     Import {
-        /// The auth.json, or - for standard input
+        /// The auth.json or the export, or - for standard input
         file: PathBuf,
-        /// A name of your own for the account
+        /// A name of your own for the account; of an export with several, each keeps its own
         #[arg(long)]
         label: Option<String>,
         /// Keep what is stored of the seat, and store this login beside it; the seat's next login merges them
@@ -94,8 +98,9 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
                 by_seat: !side_by_side,
                 by_email: merge_email,
             };
-            let imported = accounts.import_by(policy, &read(&file)?, label).await?;
-            return print(context, &imported, || told(&imported));
+            let entries = export::read(&read(&file)?)
+                .with_context(|| format!("cannot import {}", file.display()))?;
+            return import(context, &accounts, policy, entries, label).await;
         }
         AccountsCommand::List => {
             let listed = accounts.list().await?;
@@ -122,7 +127,7 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
     })
 }
 
-fn read(path: &Path) -> anyhow::Result<AuthFile> {
+fn read(path: &Path) -> anyhow::Result<Zeroizing<Vec<u8>>> {
     let source: Box<dyn Read> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
     } else {
@@ -133,7 +138,89 @@ fn read(path: &Path) -> anyhow::Result<AuthFile> {
         .take(LARGEST)
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    AuthFile::parse(&content).with_context(|| format!("cannot import {}", path.display()))
+    Ok(content)
+}
+
+/// An entry of a file that was stored.
+#[derive(Serialize)]
+struct Taken {
+    /// From 1, in the order of the file.
+    entry: usize,
+    #[serde(flatten)]
+    imported: Imported,
+    /// What was set there and is not taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left: Vec<&'static str>,
+}
+
+/// An entry of a file that was not.
+#[derive(Serialize)]
+struct Refused {
+    entry: usize,
+    why: String,
+}
+
+/// Stores each entry whole or not at all, and says what became of it.
+///
+/// # Errors
+/// If anything was not stored.
+async fn import(
+    context: &Context,
+    accounts: &Accounts,
+    policy: Policy,
+    entries: Vec<Entry>,
+    label: Option<&str>,
+) -> anyhow::Result<()> {
+    let count = entries.len();
+    if count > 1 && label.is_some() {
+        bail!("a label is for one account; this file has {count}");
+    }
+    let mut entries: Vec<(usize, Entry)> = (1..).zip(entries).collect();
+    entries.sort_by_key(|(_, entry)| entry.issued());
+    let (mut taken, mut refused) = (Vec::new(), Vec::new());
+    for (entry, read) in entries {
+        let stored = match &read.login {
+            Ok(login) => {
+                let label = label.or(read.label.as_deref());
+                let stored = accounts.import_by(policy, login, label).await;
+                stored.map_err(|error| error.to_string())
+            }
+            Err(why) => Err(why.to_string()),
+        };
+        match stored {
+            Ok(imported) => taken.push(Taken {
+                entry,
+                imported,
+                left: read.left,
+            }),
+            Err(why) => refused.push(Refused { entry, why }),
+        }
+    }
+    match (&taken[..], &refused[..]) {
+        ([], [Refused { why, .. }]) => bail!("nothing was imported: {why}"),
+        ([one], []) => return print(context, one, || told(one)),
+        _ => {}
+    }
+    taken.sort_by_key(|taken| taken.entry);
+    refused.sort_by_key(|refused| refused.entry);
+    print(
+        context,
+        &json!({ "imported": taken, "refused": refused }),
+        || {
+            let taken = taken
+                .iter()
+                .map(|one| format!("{}: {}", one.entry, line(one)));
+            let refused = refused
+                .iter()
+                .map(|Refused { entry, why }| format!("{entry}: not imported: {why}"));
+            let lines: Vec<String> = taken.chain(refused).collect();
+            format!("{}\n{AFTER_IMPORT}", lines.join("\n"))
+        },
+    )?;
+    match refused.len() {
+        0 => Ok(()),
+        some => bail!("{some} of {count} entries were not imported"),
+    }
 }
 
 /// The account of that label, else of that e-mail address, that id, or an id that begins so.
@@ -183,7 +270,12 @@ fn print(
     Ok(())
 }
 
-fn told(imported: &Imported) -> String {
+fn told(taken: &Taken) -> String {
+    format!("{}\n{AFTER_IMPORT}", line(taken))
+}
+
+/// What became of a login.
+fn line(Taken { imported, left, .. }: &Taken) -> String {
     let Imported {
         id,
         created,
@@ -205,7 +297,11 @@ fn told(imported: &Imported) -> String {
         .as_ref()
         .map(|label| format!(", {label}"))
         .unwrap_or_default();
-    format!("{id} ({email}, {plan}{label}) {what}\n{AFTER_IMPORT}")
+    let left = match &left[..] {
+        [] => String::new(),
+        left => format!("; not taken: {}", left.join(", ")),
+    };
+    format!("{id} ({email}, {plan}{label}) {what}{left}")
 }
 
 /// One line per account under a heading, columns aligned.
