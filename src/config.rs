@@ -7,7 +7,7 @@ mod faults;
 mod settings;
 mod unknown;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use redis::IntoConnectionInfo as _;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -57,6 +57,8 @@ pub struct Config {
     pub snapshots: Snapshots,
     /// Sessions at once.
     pub max_sessions: usize,
+    /// What models are called here beside their own names: alias -> model.
+    pub model_aliases: BTreeMap<String, String>,
     /// How accounts are chosen.
     pub routing: Policy,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
@@ -407,6 +409,13 @@ impl Settings {
                 "a number from 1",
                 |text| text.parse().ok().filter(|most| *most > 0),
             ),
+            model_aliases: faults.parse(
+                "DRAWBRIDGE_MODEL_ALIASES",
+                self.model_aliases,
+                "",
+                "names and the models they stand for, such as fast=gpt-5.4-mini",
+                aliases,
+            ),
             routing: Policy {
                 strategy: faults.parse(
                     "DRAWBRIDGE_ROUTING",
@@ -437,6 +446,21 @@ impl Settings {
         };
         faults.none().map(|()| config)
     }
+}
+
+/// Reads `fast=gpt-5.4-mini,other=..`.
+fn aliases(text: &str) -> Option<BTreeMap<String, String>> {
+    let pairs = text
+        .split(',')
+        .map(str::trim)
+        .filter(|pair| !pair.is_empty());
+    let alias = |pair: &str| {
+        let (alias, model) = pair.split_once('=')?;
+        let (alias, model) = (alias.trim(), model.trim());
+        let fine = !alias.is_empty() && !model.is_empty() && !model.contains('=');
+        fine.then(|| (alias.to_owned(), model.to_owned()))
+    };
+    pairs.map(alias).collect()
 }
 
 const SECOND: Duration = Duration::from_secs(1);

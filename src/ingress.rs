@@ -10,7 +10,7 @@ mod gate;
 mod responses;
 mod websocket;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
@@ -44,6 +44,8 @@ pub struct State {
     pub keys: ApiKeys,
     /// The database's clock.
     pub clock: Clock,
+    /// What models are called here beside their own names.
+    pub aliases: BTreeMap<String, String>,
     /// Who may come in.
     pub gate: Gate,
     /// Bytes of bodies held at once.

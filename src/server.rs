@@ -206,6 +206,7 @@ impl Server {
             upstream,
             keys: keys.clone(),
             clock: db.clock().clone(),
+            aliases: config.model_aliases.clone(),
             gate: ingress::Gate::new(config.key_rule, address),
             bytes,
             tasks: tasks.clone(),

@@ -122,7 +122,7 @@ fn read(path: &Path) -> anyhow::Result<AuthFile> {
 }
 
 /// The account of that label, else of that e-mail address, that id, or an id that begins so.
-fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
+pub(super) fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
     let digits = |text: &str| text.replace('-', "").to_ascii_lowercase();
     let prefix = digits(name);
     let long_enough = prefix.len() >= PREFIX;

@@ -148,6 +148,14 @@ pub struct Settings {
         value_name = "N"
     )]
     pub(super) turns_per_account: Option<String>,
+    /// Further names of models: fast=gpt-5.4-mini
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_MODEL_ALIASES",
+        value_name = "LIST"
+    )]
+    pub(super) model_aliases: Option<String>,
     /// auto (loopback may go without until a key exists) or always [default: auto]
     #[arg(
         long,
@@ -225,7 +233,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 30] = [
+pub(super) const NAMES: [&str; 31] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -246,6 +254,7 @@ pub(super) const NAMES: [&str; 30] = [
     "DRAWBRIDGE_PLAN_WEIGHTS",
     "DRAWBRIDGE_ROUTING",
     "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+    "DRAWBRIDGE_MODEL_ALIASES",
     "DRAWBRIDGE_REQUIRE_API_KEY",
     "DRAWBRIDGE_DRAIN_DELAY",
     "DRAWBRIDGE_DRAIN_GRACE",

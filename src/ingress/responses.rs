@@ -125,7 +125,7 @@ async fn ask(
     let caller = gate::authenticate(state, peer, &headers).await?;
     let understood = async {
         let (body, held) = body::read(&headers, body, &state.bytes).await?;
-        let request = parse(body, shape, &headers).await?;
+        let request = parse(state, body, shape, &headers).await?;
         admit(&caller, &request.facts)?;
         Ok((request, held))
     };
@@ -151,12 +151,21 @@ async fn ask(
     })
 }
 
-async fn parse(body: Bytes, shape: Shape, headers: &HeaderMap) -> Result<Request, ApiError> {
+/// Reads a request, for the model that an alias stands for.
+pub(super) async fn parse(
+    state: &State,
+    body: Bytes,
+    shape: Shape,
+    headers: &HeaderMap,
+) -> Result<Request, ApiError> {
     let mut request = if body.len() > LARGE {
         task::blocking(move || request::read(body, shape)).await?
     } else {
         request::read(body, shape)?
     };
+    if let Some(model) = state.aliases.get(&request.facts.model) {
+        request.redirect(model);
+    }
     request.facts.client.with_headers(headers);
     Ok(request)
 }

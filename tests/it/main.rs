@@ -30,4 +30,5 @@ mod replicas;
 mod snapshots;
 mod statements;
 mod support;
+mod usage;
 mod websocket;

@@ -45,6 +45,14 @@ pub struct Login {
     failures: Vec<u16>,
     /// How long the next exchange takes.
     delay: Duration,
+    /// What the usage endpoint answers instead of the ordinary, and with which status.
+    usage: Option<(u16, Value)>,
+    /// Questions to the usage endpoint.
+    pub usage_reads: usize,
+    /// The slugs of its catalogue, where it has one of its own; of none it answers 500.
+    models: Option<Vec<String>>,
+    /// Reads of its catalogue.
+    pub models_reads: usize,
 }
 
 /// A handle to one account.
@@ -75,6 +83,10 @@ impl Account {
                     reuses: 0,
                     failures: Vec::new(),
                     delay: Duration::ZERO,
+                    usage: None,
+                    usage_reads: 0,
+                    models: None,
+                    models_reads: 0,
                 };
                 state.logins.insert(name.to_owned(), login);
             }
@@ -142,6 +154,30 @@ impl Account {
         self.change(|login| login.delay = delay);
     }
 
+    /// From now on the usage endpoint answers this.
+    pub fn answer_usage(&self, status: u16, body: Value) {
+        self.change(|login| login.usage = Some((status, body)));
+    }
+
+    /// Questions to the usage endpoint.
+    #[must_use]
+    pub fn usage_reads(&self) -> usize {
+        self.read(|login| login.usage_reads)
+    }
+
+    /// From now on its catalogue lists these; of none the endpoint answers 500.
+    pub fn list_models(&self, slugs: &[&str]) {
+        self.change(|login| {
+            login.models = Some(slugs.iter().map(|&slug| slug.to_owned()).collect())
+        });
+    }
+
+    /// Reads of its catalogue.
+    #[must_use]
+    pub fn models_reads(&self) -> usize {
+        self.read(|login| login.models_reads)
+    }
+
     /// Exchanges that gave new tokens.
     #[must_use]
     pub fn exchanges(&self) -> usize {
@@ -175,6 +211,25 @@ impl Account {
             )
         })
     }
+}
+
+/// What the usage endpoint answers for an account instead of the ordinary; counts the question.
+pub(super) fn asked_for_usage(shared: &Shared, account: &str) -> Option<(StatusCode, Value)> {
+    shared.change(|state| {
+        let login = state.logins.get_mut(account)?;
+        login.usage_reads += 1;
+        let (status, body) = login.usage.clone()?;
+        Some((StatusCode::from_u16(status).expect("a status"), body))
+    })
+}
+
+/// The slugs of an account's own catalogue; counts the read.
+pub(super) fn asked_for_models(shared: &Shared, account: &str) -> Option<Vec<String>> {
+    shared.change(|state| {
+        let login = state.logins.get_mut(account)?;
+        login.models_reads += 1;
+        login.models.clone()
+    })
 }
 
 /// `POST /oauth/token`.

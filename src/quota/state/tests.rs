@@ -186,3 +186,134 @@ fn what_could_not_be_stored_is_stored_later_and_nothing_twice() {
     );
     assert!(state.take_unsaved().is_empty());
 }
+
+#[test]
+fn a_spark_429_leaves_the_default_family_usable_and_the_reverse() {
+    for (hit, other) in [("codex", "codex_bengalfox"), ("codex_bengalfox", "codex")] {
+        let (mut state, id) = (State::default(), AccountId::new());
+        state.block(id, &Family::new(hit), refused(10, HOUR));
+        assert!(is_blocked(&state, id, hit, 20));
+        assert!(!is_blocked(&state, id, other, 20));
+        // Nor does what is seen of one family end the block of the other, or erase it.
+        let full = seen(other, &[(Window::FiveHour, 100.0, HOUR)]);
+        state.observe(id, &full, at(12), Source::Header, at(20));
+        assert!(is_blocked(&state, id, hit, 20));
+        assert!(!is_blocked(&state, id, other, 20), "samples do not block");
+    }
+}
+
+#[test]
+fn an_exhausted_review_quota_does_not_block_ordinary_turns() {
+    let (mut state, id) = (State::default(), AccountId::new());
+    let review = seen("code_review", &[(Window::Weekly, 100.0, HOUR)]);
+    state.observe(id, &review, at(0), Source::Poll, at(0));
+    state.block(id, &Family::new("code_review"), refused(10, HOUR));
+    assert!(!is_blocked(&state, id, "codex", 20));
+}
+
+#[test]
+fn a_quota_that_was_reset_early_or_topped_up_is_noticed_by_a_poll() {
+    let quota_block = || Block {
+        reason: "usage_limit_reached".into(),
+        ..refused(10, 144 * HOUR)
+    };
+    let topped_up = Credits {
+        has_credits: true,
+        ..Credits::default()
+    };
+    for (what, used, credits, reached, began, lifted) in [
+        ("reset early", 1.0, None, None, 200, true),
+        ("still full", 100.0, None, None, 200, false),
+        (
+            "credits were bought",
+            100.0,
+            Some(topped_up),
+            Some(false),
+            200,
+            true,
+        ),
+        (
+            "credits that do not help",
+            100.0,
+            Some(topped_up),
+            Some(true),
+            200,
+            false,
+        ),
+        ("too soon to be true", 1.0, None, None, 60, false),
+    ] {
+        let (mut state, id) = (State::default(), AccountId::new());
+        let full = seen("codex", &[(Window::Weekly, 100.0, 144 * HOUR)]);
+        state.observe(id, &full, at(9), Source::Error, at(9));
+        state.block(id, &Family::CODEX, quota_block());
+        let report = UsageReport {
+            observations: vec![Observation {
+                credits,
+                limit_reached: reached,
+                ..seen("codex", &[(Window::Weekly, used, 144 * HOUR)])
+            }],
+            ..UsageReport::default()
+        };
+        state.report(id, &report, at(began), at(began));
+        assert_eq!(!is_blocked(&state, id, "codex", began), lifted, "{what}");
+    }
+}
+
+#[test]
+fn what_the_usage_endpoint_leaves_out_is_gone_unless_it_says_nothing_of_the_kind() {
+    let week = |family| seen(family, &[(Window::Weekly, 40.0, HOUR)]);
+    let nothing = |family| seen(family, &[]);
+    let spark = "codex_bengalfox";
+    for (what, observations, lists_families, left) in [
+        (
+            "it lists both",
+            vec![week("codex"), week(spark)],
+            true,
+            vec!["code_review", "codex", spark],
+        ),
+        (
+            "it lists no windows at all",
+            vec![nothing("codex")],
+            false,
+            vec!["code_review", "codex", "codex 5h", spark],
+        ),
+        (
+            "no further family",
+            vec![week("codex")],
+            true,
+            vec!["code_review", "codex"],
+        ),
+        (
+            "it does not list families",
+            vec![week("codex")],
+            false,
+            vec!["code_review", "codex", spark],
+        ),
+    ] {
+        let (mut state, id) = (State::default(), AccountId::new());
+        for family in ["codex", "code_review", spark] {
+            state.observe(id, &week(family), at(0), Source::Header, at(0));
+        }
+        let short = seen("codex", &[(Window::FiveHour, 100.0, HOUR)]);
+        state.observe(id, &short, at(0), Source::Header, at(0));
+        let report = UsageReport {
+            observations,
+            lists_families,
+            ..UsageReport::default()
+        };
+        state.report(id, &report, at(60), at(60));
+        let known = state.snapshot(id).0;
+        let names: Vec<String> = known
+            .iter()
+            .map(|window| match window.minutes {
+                300 => format!("{} 5h", window.family),
+                _ => window.family.clone(),
+            })
+            .collect();
+        let mut left: Vec<&str> = left;
+        let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+        names.sort_unstable();
+        left.sort_unstable();
+        assert_eq!(names, left, "{what}");
+    }
+}

@@ -265,7 +265,10 @@ impl Turn<'_> {
                 self.hold_or_send(Event::from_json(self.pool_event())).await
             }
             Kind::Metadata => {
-                match headers::metadata_to_client(&event.data(), &self.ask.request.facts.model) {
+                match headers::metadata_to_client(
+                    &event.data(),
+                    self.ask.request.facts.asked_model(),
+                ) {
                     Some(json) => self.hold_or_send(Event::from_json(json)).await,
                     None => Ok(()),
                 }
@@ -307,7 +310,7 @@ impl Turn<'_> {
             self.out
                 .send(Item::Head(headers::to_client(
                     headers,
-                    &self.ask.request.facts.model,
+                    self.ask.request.facts.asked_model(),
                 )))
                 .await?;
         }

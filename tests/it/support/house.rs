@@ -42,6 +42,10 @@ pub(crate) struct Plan {
     pub(crate) key_rule: KeyRule,
     /// Whether a key is created, which the helpers then send.
     pub(crate) key: bool,
+    /// Whatever else is set otherwise.
+    pub(crate) settings: fn(&mut Config),
+    /// What upstream is told before the service starts.
+    pub(crate) before: fn(&Upstream),
 }
 
 impl Default for Plan {
@@ -52,6 +56,8 @@ impl Default for Plan {
             transport: Transport::Auto,
             key_rule: KeyRule::Auto,
             key: true,
+            settings: |_| {},
+            before: |_| {},
         }
     }
 }
@@ -93,6 +99,7 @@ impl House {
         } else {
             None
         };
+        (plan.before)(&upstream);
         let config = config(&plan, &upstream);
         let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (client, admin) = (listen().await, listen().await);
@@ -324,5 +331,6 @@ fn config(plan: &Plan, upstream: &Upstream) -> Config {
     config.upstream.auth_url = upstream.auth_url();
     config.upstream.transport = plan.transport;
     config.key_rule = plan.key_rule;
+    (plan.settings)(&mut config);
     config
 }
