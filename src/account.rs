@@ -7,6 +7,7 @@
 mod auth_file;
 mod claim;
 pub mod claims;
+pub mod flow;
 pub mod merge;
 mod reconcile;
 pub mod sticky;
@@ -53,6 +54,9 @@ pub enum Error {
     /// A login that was meant for one account is another seat's.
     #[error("this login belongs to another seat than the account; nothing was changed")]
     OtherSeat,
+    /// A login was called off, or its time is over.
+    #[error("the login is over; nothing was changed")]
+    Over,
     /// Upstream has ended it; carries the status.
     #[error("the account is {0}; only a new login (import) brings it back")]
     Ended(Lifecycle),

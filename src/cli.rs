@@ -83,6 +83,8 @@ pub struct Context {
     pub ring: KeyRing,
     /// The installation's secrets.
     pub installation: Installation,
+    /// The upstream.
+    pub upstream: config::Upstream,
     /// Whether to print JSON.
     pub json: bool,
 }
@@ -269,6 +271,7 @@ async fn with_context(
         db,
         ring,
         installation,
+        upstream: config.upstream.clone(),
         json,
     };
     let announced = context.db.announced();

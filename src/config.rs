@@ -54,6 +54,8 @@ pub struct Config {
     pub snapshots: Snapshots,
     /// Sessions at once.
     pub max_sessions: usize,
+    /// Opens the operators' HTTP API; none = there is none.
+    pub operator_token: Option<OperatorToken>,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
     pub time_scale: f64,
 }
@@ -96,6 +98,25 @@ impl fmt::Debug for RedisUrl {
 }
 
 impl Serialize for RedisUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        as_printed(self, serializer)
+    }
+}
+
+/// Whoever has it is an operator.
+#[derive(Clone)]
+pub struct OperatorToken(pub SecretString);
+
+/// The shortest that is not to be guessed.
+const OPERATOR_TOKEN: usize = 16;
+
+impl fmt::Debug for OperatorToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl Serialize for OperatorToken {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         as_printed(self, serializer)
     }
@@ -256,6 +277,11 @@ impl Settings {
             // Not quoted: it may hold a password.
             faults.add("DRAWBRIDGE_REDIS_URL is not a redis:// or rediss:// URL");
         }
+        let operator_token = self.operator_token.map(|token| OperatorToken(token.0));
+        let short = |token: &OperatorToken| token.0.expose_secret().len() < OPERATOR_TOKEN;
+        if operator_token.as_ref().is_some_and(short) {
+            faults.add("DRAWBRIDGE_OPERATOR_TOKEN has less than 16 characters; make one with: openssl rand -hex 32");
+        }
         let config = Config {
             listen: faults.parse(
                 "DRAWBRIDGE_LISTEN",
@@ -380,6 +406,7 @@ impl Settings {
                 "a number from 1",
                 |text| text.parse().ok().filter(|most| *most > 0),
             ),
+            operator_token,
             time_scale: faults.parse(
                 "DRAWBRIDGE_TEST_TIME_SCALE",
                 self.test_time_scale,

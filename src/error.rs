@@ -75,6 +75,8 @@ pub enum Code {
     UsageLimitReached,
     /// This replica holds as many bytes of bodies as it may.
     Overloaded,
+    /// A login of an account that is over, under way, or another seat's.
+    LoginConflict,
     /// One response at a time on a socket.
     ResponseInProgress,
     /// No account can serve.
@@ -108,7 +110,7 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
@@ -130,6 +132,7 @@ impl Code {
         Self::UpgradeRequired,
         Self::UsageLimitReached,
         Self::Overloaded,
+        Self::LoginConflict,
         Self::ResponseInProgress,
         Self::NoAccounts,
         Self::ContinuityUnavailable,
@@ -251,6 +254,7 @@ impl Code {
                 "rate_limit_error",
                 Some(5),
             ),
+            Self::LoginConflict => row(StatusCode::CONFLICT, "login_conflict", invalid, None),
             Self::ResponseInProgress => {
                 row(StatusCode::CONFLICT, "response_in_progress", invalid, None)
             }

@@ -3,8 +3,16 @@
 use std::time::Duration;
 
 use crate::{
-    account::sticky::Sticky, db::Db, lease::Leases, ledger::Ledger, replica, snapshot::Snapshots,
-    task::Tasks, telemetry, turn::Engine, upstream::Upstream,
+    account::{Accounts, sticky::Sticky},
+    db::Db,
+    lease::Leases,
+    ledger::Ledger,
+    replica,
+    snapshot::Snapshots,
+    task::Tasks,
+    telemetry,
+    turn::Engine,
+    upstream::Upstream,
 };
 
 /// How often turns of dead replicas are looked for.
@@ -33,6 +41,8 @@ pub struct Parts {
     pub db: Db,
     /// Turns and the request log.
     pub ledger: Ledger,
+    /// Logins under way.
+    pub accounts: Accounts,
     /// Preferences.
     pub sticky: Sticky,
     /// Ownership.
@@ -112,6 +122,9 @@ impl Parts {
         }
         if let Err(error) = self.ledger.delete_older_than(retention_days).await {
             tracing::warn!(%error, "cannot delete old rows of the request log");
+        }
+        if let Err(error) = self.accounts.purge_flows().await {
+            tracing::warn!(%error, "cannot forget logins that are over");
         }
         if let Err(error) = self.sticky.purge_expired().await {
             tracing::warn!(%error, "cannot delete old sticky sessions");

@@ -6,6 +6,7 @@
 
 mod connection;
 mod health;
+mod operator;
 mod stall;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -29,7 +30,7 @@ use crate::{
     snapshot::Snapshots,
     task::Tasks,
     telemetry, token, turn,
-    upstream::Upstream,
+    upstream::{Upstream, login::Logins},
 };
 
 /// How long what remains after the grace may take to book itself.
@@ -186,6 +187,7 @@ impl Server {
         let parts = jobs::Parts {
             db: db.clone(),
             ledger: ledger.clone(),
+            accounts: accounts.clone(),
             sticky,
             leases,
             snapshots,
@@ -210,14 +212,14 @@ impl Server {
             "clients",
             connection::accept(client, router, phase.clone(), tasks.clone()),
         );
+        let mut router = health::admin_router(phase.clone(), db.clone());
+        if let Some(token) = &config.operator_token {
+            let logins = Logins::new(&config.upstream, &accounts, &tasks)?;
+            router = router.merge(operator::router(&token.0, logins));
+        }
         tasks.essential(
             "admin",
-            connection::accept(
-                admin,
-                health::admin_router(phase.clone(), db.clone()),
-                phase.clone(),
-                tasks.clone(),
-            ),
+            connection::accept(admin, router, phase.clone(), tasks.clone()),
         );
         phase.ready.cancel();
         Ok(Self {

@@ -4,6 +4,7 @@
 mod catalogue;
 pub mod credential;
 pub mod http;
+pub mod login;
 pub mod oauth;
 mod view;
 pub mod websocket;

@@ -10,6 +10,7 @@ mod connection;
 mod control;
 mod fault;
 mod http;
+mod login;
 mod state;
 mod strict;
 mod websocket;
@@ -90,6 +91,8 @@ impl Upstream {
         let shared = Arc::new(Shared::new(config));
         let router = Router::new()
             .route("/oauth/token", post(account::token))
+            .route("/api/accounts/deviceauth/usercode", post(login::device))
+            .route("/api/accounts/deviceauth/token", post(login::device_token))
             .route(
                 "/backend-api/codex/responses",
                 post(http::create).get(websocket::accept),
@@ -138,6 +141,11 @@ impl Upstream {
     #[must_use]
     pub fn account(&self, name: &str) -> Account {
         Account::of(&self.shared, name)
+    }
+
+    /// From now on devices get no codes.
+    pub fn no_devices(&self) {
+        self.shared.change(|state| state.no_devices = true);
     }
 
     /// Queues a fault.

@@ -3,6 +3,7 @@
 
 use super::{
     Accounts, AuthFile, Error, Imported, email_of,
+    flow::Held,
     merge::{self, Policy, Who},
     store::{self, HeldRow, NewAccount},
 };
@@ -16,13 +17,13 @@ use crate::{
 const TRIES: usize = 5;
 
 /// How a login is stored.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct How<'a> {
     pub(super) policy: Policy,
     /// Without one the old one stays.
     pub(super) label: Option<&'a str>,
-    /// The account that it is meant for.
-    pub(super) target: Option<AccountId>,
+    /// The login under way that it finishes, and the account that this one is meant for.
+    pub(super) flow: Option<&'a Held>,
 }
 
 impl Accounts {
@@ -48,24 +49,23 @@ impl Accounts {
         let how = How {
             policy,
             label,
-            target: None,
+            flow: None,
         };
-        self.reconcile(file, how, async |_, _| Ok(())).await
+        self.reconcile(file, how).await
     }
 
-    /// Stores a login, and what `along` does in the same transaction. Repeated as a whole where it meets others half-way.
-    pub(super) async fn reconcile(
-        &self,
-        file: &AuthFile,
-        how: How<'_>,
-        along: impl AsyncFn(&Tx, &Imported) -> Result<(), Error>,
-    ) -> Result<Imported, Error> {
+    /// Stores a login, and that it is finished. Repeated as a whole where it meets others half-way.
+    pub(super) async fn reconcile(&self, file: &AuthFile, how: How<'_>) -> Result<Imported, Error> {
         let mut tries = 1;
         loop {
             let stored = async {
                 let tx = self.db.begin().await?;
                 let imported = self.store(&tx, file, how).await?;
-                along(&tx, &imported).await?;
+                if let Some(flow) = how.flow
+                    && !flow.finish(&tx, &imported).await?
+                {
+                    return Err(Error::Over);
+                }
                 let topics: &[Topic] = match imported.merged[..] {
                     [] => &[Topic::Accounts],
                     _ => &Topic::ALL,
@@ -87,9 +87,10 @@ impl Accounts {
         How {
             policy,
             label,
-            target,
+            flow,
         }: How<'_>,
     ) -> Result<Imported, Error> {
+        let target = flow.and_then(Held::wanted);
         let claims = &file.claims;
         let hash = |email: &String| self.pepper.hash("email", email.to_lowercase().as_bytes());
         let mut who = Who {
@@ -149,6 +150,10 @@ async fn hold(
     target: Option<AccountId>,
 ) -> Result<Vec<HeldRow>, Error> {
     loop {
+        let target = match target {
+            Some(target) => Some(store::canonical(tx, target).await?),
+            None => None,
+        };
         let rows = store::rows(tx, who, target).await?;
         let ids = match target {
             None => merge::rows_of(who, &rows, policy),

@@ -54,6 +54,9 @@ statements! { "account";
         select account_id, chatgpt_account_id, chatgpt_user_id, email_hash, created_at from accounts
         where chatgpt_account_id = $1 or email_hash = $2 or (chatgpt_account_id is null and chatgpt_user_id = $3) or account_id = $4";
 
+    /// What an account is now.
+    CANONICAL: [UUID] = "select coalesce((select to_id from account_merges where from_id = $1), $1)";
+
     /// What is about to be replaced or merged away, in the order of ids. A row that was deleted meanwhile is not among them.
     HOLD: [UUID_ARRAY] = "
         select account_id, label, chatgpt_user_id,
@@ -220,6 +223,10 @@ pub(super) async fn merges(db: &Db) -> Result<HashMap<AccountId, AccountId>, Err
 
 pub(super) async fn advisory(tx: &Connection, class: LockClass, key: i32) -> Result<(), Error> {
     tx.all(&LOCK, &[&(class as i32), &key]).await.map(drop)
+}
+
+pub(super) async fn canonical(tx: &Connection, id: AccountId) -> Result<AccountId, Error> {
+    Ok(tx.one(&CANONICAL, &[&id]).await?.try_get(0)?)
 }
 
 /// Every row that could be a login's, and the row that it is meant for.

@@ -1,6 +1,8 @@
 //! `drawbridge accounts`: the operator's hand on the pool. An account is named by its label, by its e-mail address, by
 //! its id, or by the start of its id.
 
+mod login;
+
 use std::{
     fs::File,
     io::Read,
@@ -16,7 +18,7 @@ use zeroize::Zeroizing;
 
 use super::Context;
 use crate::{
-    account::{Accounts, AuthFile, Imported, Listed, merge::Policy},
+    account::{Accounts, AuthFile, Imported, Listed, flow::Method, merge::Policy},
     ids::AccountId,
 };
 
@@ -49,6 +51,18 @@ pub(super) enum AccountsCommand {
         /// Also replace an account of the same e-mail address, if it could be the same seat
         #[arg(long)]
         merge_email: bool,
+    },
+    /// Log an account in, for Drawbridge alone: by a code to type in, or with --browser
+    Login {
+        /// Log in with a browser, on any machine, and paste the address that it ends at
+        #[arg(long)]
+        browser: bool,
+        /// Renew the login of this account; nothing changes if the login is another seat's
+        #[arg(long, value_name = "ACCOUNT")]
+        account: Option<String>,
+        /// A name of your own for the account
+        #[arg(long)]
+        label: Option<String>,
     },
     /// Show every account
     List,
@@ -96,6 +110,22 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
             };
             let imported = accounts.import_by(policy, &read(&file)?, label).await?;
             return print(context, &imported, || told(&imported));
+        }
+        AccountsCommand::Login {
+            browser,
+            account,
+            label,
+        } => {
+            let wanted = match account {
+                Some(account) => Some(find(&accounts.list().await?, &account)?),
+                None => None,
+            };
+            let method = if browser {
+                Method::Browser
+            } else {
+                Method::Device
+            };
+            return login::run(method, wanted, label.as_deref(), &accounts, context).await;
         }
         AccountsCommand::List => {
             let listed = accounts.list().await?;

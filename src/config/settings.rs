@@ -170,6 +170,15 @@ pub struct Settings {
     /// Sessions at once [default: 4096]
     #[arg(long, global = true, env = "DRAWBRIDGE_MAX_SESSIONS", value_name = "N")]
     pub(super) max_sessions: Option<String>,
+    /// At least 16 characters; opens /api on the admin address to who sends it as a bearer; unset = there is no such API
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_OPERATOR_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true
+    )]
+    pub(super) operator_token: Option<SecretText>,
     /// For tests: multiplies the times of the protocol between replicas, which must all use the same
     #[arg(
         long,
@@ -198,7 +207,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 26] = [
+pub(super) const NAMES: [&str; 27] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -223,6 +232,7 @@ pub(super) const NAMES: [&str; 26] = [
     "DRAWBRIDGE_LOG_FORMAT",
     "DRAWBRIDGE_SNAPSHOTS",
     "DRAWBRIDGE_MAX_SESSIONS",
+    "DRAWBRIDGE_OPERATOR_TOKEN",
     "DRAWBRIDGE_TEST_TIME_SCALE",
     "DRAWBRIDGE_KEY",
 ];

@@ -11,8 +11,9 @@ use drawbridge::{
 use crate::support::store::Store;
 
 /// The statements of each room that has a store.
-const STORES: [(&str, &[&Stmt]); 9] = [
+const STORES: [(&str, &[&Stmt]); 10] = [
     ("account", account::STATEMENTS),
+    ("account/flow", account::flow::STATEMENTS),
     ("api_key", api_key::STATEMENTS),
     ("bus", bus::STATEMENTS),
     ("lease", lease::STATEMENTS),

@@ -28,8 +28,8 @@ statements! { "ledger/history";
             from page
             where t.turn_id = page.turn_id and t.state <> 'open' and (t.account_id = $1 or t.attempts::text like '%' || $1::text || '%')
         )
-        update account_merges set turns_done = (select count(*) from page) < $3,
-            turns_after = coalesce((select turn_id from page order by turn_id desc limit 1), turns_after)
+        update account_merges m set turns_done = (select count(*) from page) < $3,
+            turns_after = coalesce((select turn_id from page order by turn_id desc limit 1), m.turns_after)
         from mine where from_id = $1";
 
     /// A batch of the log, whole turns at a time. The day that never comes says that it is done.
