@@ -22,6 +22,7 @@ use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio_postgres::Row;
 
 pub use self::{
@@ -156,19 +157,29 @@ pub struct Stored {
     pub lifecycle: Lifecycle,
 }
 
+/// Logins that are stored at once: those of a seat wait for each other with a connection in their hands, and turns need connections, too.
+const LOGINS: usize = 2;
+
 /// The accounts of the installation. Cheap to clone; nothing is kept in memory.
 #[derive(Clone, Debug)]
 pub struct Accounts {
     db: Db,
     ring: KeyRing,
     pepper: Pepper,
+    logins: Arc<Semaphore>,
 }
 
 impl Accounts {
     /// Accounts of a database whose secrets the ring opens.
     #[must_use]
     pub fn new(db: Db, ring: KeyRing, pepper: Pepper) -> Self {
-        Self { db, ring, pepper }
+        let logins = Arc::new(Semaphore::new(LOGINS));
+        Self {
+            db,
+            ring,
+            pepper,
+            logins,
+        }
     }
 
     /// Every account, in order of its id.

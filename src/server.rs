@@ -353,10 +353,7 @@ async fn welcome(server: &Server, config: &Config) {
     let keyless = !server.keys.any_created() && address.ip().is_loopback();
     let mut steps = Vec::new();
     if accounts == 0 {
-        steps.push(
-            "import an account:  CODEX_HOME=$(mktemp -d) sh -c 'codex login && drawbridge accounts import \"$CODEX_HOME/auth.json\"'"
-                .to_owned(),
-        );
+        steps.push("log an account in:  drawbridge accounts login".to_owned());
     }
     if keyless {
         steps.push(

@@ -35,6 +35,19 @@ impl Accounts {
         })
     }
 
+    /// Keeps a claim for another `time`, unless it has ended.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn renew_claim(
+        &self,
+        id: AccountId,
+        claim: Uuid,
+        time: Duration,
+    ) -> Result<(), db::Error> {
+        store::renew_claim(&self.db, id, claim, time).await
+    }
+
     /// Gives a claim back after an exchange that was answered.
     ///
     /// # Errors

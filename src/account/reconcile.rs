@@ -56,6 +56,8 @@ impl Accounts {
 
     /// Stores a login, and that it is finished. Repeated as a whole where it meets others half-way.
     pub(super) async fn reconcile(&self, file: &AuthFile, how: How<'_>) -> Result<Imported, Error> {
+        let turn = self.logins.acquire().await;
+        let _turn = turn.expect("the semaphore is never closed");
         let mut tries = 1;
         loop {
             let stored = async {

@@ -119,6 +119,11 @@ statements! { "account";
     /// A plain read, after `CLAIM` has failed. Nil: nobody, but the last exchange has failed a moment ago.
     CLAIM_HOLDER: [UUID] = "select claimed_by from refresh_claims where account_id = $1 and claimed_until >= clock_timestamp()";
 
+    /// Only the holder's, and only while nobody else has taken it.
+    RENEW_CLAIM: [UUID, UUID, FLOAT8] = "
+        update refresh_claims set claimed_until = clock_timestamp() + make_interval(secs => $3)
+        where account_id = $1 and claimed_by = $2";
+
     /// Whoever has taken it over keeps it.
     UNCLAIM: [UUID, UUID] = "delete from refresh_claims where account_id = $1 and claimed_by = $2";
 
@@ -394,6 +399,17 @@ pub(super) async fn claim(db: &Db, id: AccountId, me: Uuid, time: Duration) -> R
 pub(super) async fn claim_holder(db: &Db, id: AccountId) -> Result<Option<Uuid>, Error> {
     let row = db.opt(&CLAIM_HOLDER, &[&id]).await?;
     Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+pub(super) async fn renew_claim(
+    db: &Db,
+    id: AccountId,
+    claim: Uuid,
+    time: Duration,
+) -> Result<(), Error> {
+    db.exec(&RENEW_CLAIM, &[&id, &claim, &time.as_secs_f64()])
+        .await
+        .map(drop)
 }
 
 pub(super) async fn unclaim(db: &Db, id: AccountId, claim: Uuid) -> Result<(), Error> {

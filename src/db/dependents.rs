@@ -100,7 +100,7 @@ statements! { "db";
                 order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
                 limit 1)";
 
-    /// Also what a turn wrote that ran during the merge: see `account::Accounts::move_history`.
+    /// Also what a turn wrote that ran during the merge: see `ledger::history`.
     LEASES: [UUID, UUID] = "update http_bridge_leases set account_id = $2 where account_id = $1";
 
     /// As `LEASES`.

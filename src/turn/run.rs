@@ -263,7 +263,6 @@ impl<'a> Turn<'a> {
 
     /// Attempts until one completes or none can help.
     async fn attempts(&mut self, carrier: &mut Carrier) -> Finish {
-        carrier.rename(|account| self.engine.upstream.canonical(account));
         // Upstream remembers one response per socket. Anything else it is told again.
         if let Some(id) = &self.ask.request.facts.previous_response_id
             && !(carrier.remembers(id) && carrier::fits(&self.ask))
@@ -289,7 +288,10 @@ impl<'a> Turn<'a> {
             if self.out.is_closed() {
                 return Finish::Left;
             }
-            let account = match again.take() {
+            // Accounts may be merged at any moment.
+            let canonical = |account| self.engine.upstream.canonical(account);
+            carrier.rename(canonical);
+            let account = match again.take().map(canonical) {
                 Some(account) => account,
                 None => match self.choose(preferred) {
                     Ok(account) => {

@@ -37,8 +37,8 @@ const AGE: SignedDuration = SignedDuration::from_hours(8 * 24);
 const MARGIN: SignedDuration = SignedDuration::from_secs(30);
 /// After an exchange that did not help there is no other for this long.
 const PAUSE: SignedDuration = SignedDuration::from_secs(5);
-/// How long an exchange may be one replica's; longer than it takes.
-const CLAIM: Duration = Duration::from_secs(20);
+/// How long an exchange stays one replica's after that has died; a living one renews its claim.
+const CLAIM: Duration = Duration::from_secs(5);
 /// How often a replica looks whether the exchange of another has ended, and how long it does.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -322,7 +322,8 @@ impl Inner {
             let after = self.read(account).await;
             match (claim, after) {
                 (Claim::Mine(claim), Ok(after)) if after.generation == stored.generation => {
-                    return self.spend(account, &after, claim).await;
+                    let spent = self.spend(account, &after, claim);
+                    return self.claimed(stored.id, claim, spent).await;
                 }
                 (claim, after) => {
                     if let Claim::Mine(claim) = claim {
@@ -387,6 +388,21 @@ impl Inner {
             Ok(Opened::new(&after))
         } else {
             Err(CredentialError::LoginRequired)
+        }
+    }
+
+    /// Keeps a claim while work goes on.
+    async fn claimed<T>(&self, id: AccountId, claim: Uuid, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(CLAIM / 3) => {
+                    if let Err(error) = self.accounts.renew_claim(id, claim, CLAIM).await {
+                        tracing::debug!(account_id = %id, %error, "a claim of a refresh token may end early");
+                    }
+                }
+            }
         }
     }
 

@@ -93,7 +93,7 @@ async fn killed_when(delay: bool, spent: impl Fn(&State) -> bool) -> (Cluster, A
     }
     alice.expire();
     let turn = cluster
-        .post_at(0, "/backend-api/codex/responses")
+        .post_at(0, "/v1/responses")
         .json(&script("hi", true));
     let turn = tokio::spawn(async move { drop(turn.send().await) });
     cluster
@@ -107,7 +107,7 @@ async fn killed_when(delay: bool, spent: impl Fn(&State) -> bool) -> (Cluster, A
     turn.await.unwrap();
     let answers = (0..6).map(|turn| {
         let turn = cluster
-            .post_at(1 + turn % 2, "/backend-api/codex/responses")
+            .post_at(1 + turn % 2, "/v1/responses")
             .json(&script("hi", true));
         async { Answer::of(turn.send().await.unwrap()).await }
     });
