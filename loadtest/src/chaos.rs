@@ -14,11 +14,12 @@ mod servers;
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicUsize},
     time::Duration,
 };
 
 use anyhow::Context as _;
+use serde_json::json;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -27,11 +28,16 @@ use tokio::{
 
 pub use self::{check::Violation, report::Report};
 use self::{
-    client::{Crowd, talk},
+    client::{Conversation, Crowd, talk},
     fleet::{Counters, Fleet},
-    history::{History, Lease},
+    history::{History, Sighting},
 };
-use crate::{process::RunDir, say};
+use crate::{
+    bench::{machine, version},
+    clock,
+    process::RunDir,
+    say,
+};
 
 /// How long what is left may take to end by itself: an owner is buried, its turns are swept.
 const QUIET: Duration = Duration::from_secs(120);
@@ -71,6 +77,11 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         length,
         ..
     } = *options;
+    // Both are promised the same; by turns, so that nobody has to choose.
+    let snapshots = match seed % 2 {
+        0 => "full",
+        _ => "auto",
+    };
     let dir = RunDir::make(&format!("chaos-{seed}"))?;
     say(&format!("seed {seed}: starting {replicas} replicas .."));
     let fleet = Fleet::start(
@@ -78,6 +89,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         dir.path(),
         replicas,
         seed,
+        snapshots,
         options.scale,
     );
     let fleet = Arc::new(fleet.await?);
@@ -87,7 +99,8 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     }
     let (end, over) = watch::channel(false);
     let crowd = Arc::new(Crowd {
-        address: fleet.balancer.address,
+        fronts: fleet.fronts(),
+        next: AtomicUsize::default(),
         keys,
         http: reqwest::Client::builder()
             .no_proxy()
@@ -110,14 +123,32 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     }
     say("all faults are over ..");
     end.send_replace(true);
-    let left = async { while talking.join_next().await.is_some() {} };
+    let mut conversations = Vec::new();
+    let left = async {
+        while let Some(conversation) = talking.join_next().await {
+            conversations.push(conversation?);
+        }
+        anyhow::Ok(())
+    };
     tokio::select! {
-        ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")?,
+        ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")??,
         watched = watch(&look, &mut sightings) => watched?,
         () = fleet.count(&mut counters) => {}
     }
     fleet.upstream.no_faults();
     fleet.upstream.release();
+    quiet(&look).await?;
+    let unready = fleet.unready().await;
+    say("every conversation goes on once more ..");
+    let last: JoinSet<()> = conversations
+        .into_iter()
+        .map(Conversation::last_word)
+        .collect();
+    tokio::select! {
+        _ = last.join_all() => {},
+        watched = watch(&look, &mut sightings) => watched?,
+        () = fleet.count(&mut counters) => {}
+    }
     quiet(&look).await?;
     let accounts = database::accounts(&look).await?;
     let history = History {
@@ -128,7 +159,9 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         turns: database::turns(&look, &accounts).await?,
         leases: database::leases(&look, true).await?,
         sightings,
-        unready: fleet.unready().await,
+        boots: database::boots(&look).await?,
+        accounts: fleet.accounts.iter().map(ToString::to_string).collect(),
+        unready,
     };
     let violations = check::check(&history);
     let report = Report {
@@ -137,8 +170,13 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         replicas,
         clients,
         bridge: database::outcomes(&look).await?,
-        counters: counters.sums(),
-        ..Report::of(&history, violations)
+        snapshots,
+        machine: machine(),
+        versions: json!({
+            "drawbridge": version(&options.drawbridge, "--version"),
+            "servers": servers::versions(),
+        }),
+        ..Report::of(&history, violations).with(counters.sums())
     };
     if !report.violations.is_empty() {
         let kept = dir.keep();
@@ -184,12 +222,13 @@ async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
 }
 
 /// Looks at the leases until it is dropped.
-async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Lease>) -> anyhow::Result<()> {
+async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Sighting>) -> anyhow::Result<()> {
     let mut newest = std::collections::BTreeMap::new();
     loop {
         for lease in database::leases(look, false).await? {
             if newest.insert(lease.id.clone(), lease.clone()).as_ref() != Some(&lease) {
-                seen.push(lease);
+                let at = clock::epoch_millis();
+                seen.push(Sighting { at, lease });
             }
         }
         sleep(Duration::from_millis(250)).await;

@@ -145,6 +145,13 @@ impl Upstream {
         self.shared.change(|state| state.faults.push(fault));
     }
 
+    /// Forgets what is left of a fault that was queued.
+    pub fn no_fault(&self, fault: &Fault) {
+        let same = |left: &Fault| left.kind == fault.kind && left.account == fault.account;
+        self.shared
+            .change(|state| state.faults.retain(|left| !same(left)));
+    }
+
     /// Forgets the faults that are left.
     pub fn no_faults(&self) {
         self.shared.change(|state| state.faults.clear());

@@ -48,8 +48,6 @@ const START: Duration = Duration::from_secs(120);
 pub(super) struct Fleet {
     pub(super) upstream: Upstream,
     pub(super) accounts: Vec<&'static str>,
-    /// In front of all replicas.
-    pub(super) balancer: Edge,
     pub(super) replicas: Vec<Replica>,
     /// How to look behind the replicas' back.
     pub(super) database: String,
@@ -116,6 +114,7 @@ impl Fleet {
         dir: &Path,
         replicas: usize,
         seed: u64,
+        snapshots: &str,
         scale: Option<f64>,
     ) -> anyhow::Result<Self> {
         let config = upstream::Config {
@@ -149,7 +148,7 @@ impl Fleet {
             ("DRAWBRIDGE_DATABASE_URL", database.clone()),
             ("DRAWBRIDGE_UPSTREAM_URL", upstream.url()),
             ("DRAWBRIDGE_AUTH_URL", upstream.auth_url()),
-            ("DRAWBRIDGE_SNAPSHOTS", "full".to_owned()),
+            ("DRAWBRIDGE_SNAPSHOTS", snapshots.to_owned()),
             ("DRAWBRIDGE_DRAIN_DELAY", "2s".to_owned()),
             ("DRAWBRIDGE_DRAIN_GRACE", "20s".to_owned()),
         ];
@@ -179,9 +178,7 @@ impl Fleet {
             replica.configure(clients, peers, &database, &upstream)?;
             all.push(replica);
         }
-        let fronts: Vec<_> = all.iter().map(|replica| replica.clients.address).collect();
         let fleet = Self {
-            balancer: Edge::before(&fronts, seed).await,
             upstream,
             accounts: vec!["alice", "bob", "carol"],
             replicas: all,
@@ -206,6 +203,12 @@ impl Fleet {
             fleet.up(number).await?;
         }
         Ok(fleet)
+    }
+
+    /// Where clients reach the replicas.
+    pub(super) fn fronts(&self) -> Vec<SocketAddr> {
+        let replicas = self.replicas.iter();
+        replicas.map(|replica| replica.clients.address).collect()
     }
 
     /// Whether it has a Redis.
@@ -421,38 +424,44 @@ impl Fleet {
         lasts: Duration,
     ) -> anyhow::Result<()> {
         let name = self.accounts[number];
-        let queue = |kind, times| {
-            let fault = upstream::Fault::once(kind).times(times).at(name);
-            self.upstream.fault(fault);
-        };
-        match misfortune {
+        let kinds = match misfortune {
             Misfortune::Paused => {
                 self.operate(&["accounts", "pause", name]).await?;
                 sleep(lasts).await;
                 self.operate(&["accounts", "resume", name]).await?;
                 return Ok(());
             }
-            Misfortune::Limited => queue(
-                Kind::RateLimit {
-                    resets_in: lasts.as_secs(),
-                },
-                1,
-            ),
-            Misfortune::Broken => queue(Kind::Status(500, "server_error".into()), 3),
-            Misfortune::Cut => {
-                queue(Kind::Cut(Stage::BeforeCreated), 1);
-                queue(Kind::Cut(Stage::AfterCreated), 1);
-                queue(Kind::Cut(Stage::Visible), 1);
-                queue(Kind::Cut(Stage::BeforeTerminal), 1);
+            Misfortune::Expired => {
+                self.upstream.account(name).expire();
+                vec![]
             }
-            Misfortune::Closed => {
-                queue(Kind::Close(1011, Stage::BeforeCreated), 1);
-                queue(Kind::Close(1001, Stage::ItemDone), 1);
-            }
-            Misfortune::Silent => queue(Kind::Silence(Stage::Visible), 1),
-            Misfortune::Expired => self.upstream.account(name).expire(),
+            Misfortune::Limited => vec![Kind::RateLimit {
+                resets_in: lasts.as_secs(),
+            }],
+            Misfortune::Broken => vec![Kind::Status(500, "server_error".into()); 3],
+            Misfortune::Cut => [
+                Stage::BeforeCreated,
+                Stage::AfterCreated,
+                Stage::Visible,
+                Stage::BeforeTerminal,
+            ]
+            .map(Kind::Cut)
+            .into(),
+            Misfortune::Closed => vec![
+                Kind::Close(1011, Stage::BeforeCreated),
+                Kind::Close(1001, Stage::ItemDone),
+            ],
+            Misfortune::Silent => vec![Kind::Silence(Stage::Visible)],
+        };
+        let faults = kinds.into_iter().map(upstream::Fault::once);
+        let faults: Vec<_> = faults.map(|fault| fault.at(name)).collect();
+        for fault in &faults {
+            self.upstream.fault(fault.clone());
         }
         sleep(lasts).await;
+        for fault in &faults {
+            self.upstream.no_fault(fault);
+        }
         if misfortune == Misfortune::Silent {
             self.upstream.release();
         }
