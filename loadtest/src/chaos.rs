@@ -120,6 +120,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         struck = strike(options, &fleet) => struck?,
         watched = watch(&look, &mut sightings) => watched?,
         () = fleet.count(&mut counters) => {}
+        () = fleet.pulse() => {}
     }
     say("all faults are over ..");
     end.send_replace(true);
@@ -134,6 +135,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")??,
         watched = watch(&look, &mut sightings) => watched?,
         () = fleet.count(&mut counters) => {}
+        () = fleet.pulse() => {}
     }
     fleet.upstream.no_faults();
     fleet.upstream.release();
@@ -151,12 +153,15 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     }
     quiet(&look).await?;
     let accounts = database::accounts(&look).await?;
+    let attempts = fleet.upstream.attempts();
+    let mut turns = database::turns(&look, &accounts).await?;
+    history::name(&mut turns, &attempts);
     let history = History {
         calls: crowd.taken(),
-        attempts: fleet.upstream.attempts(),
+        attempts,
         upstream_violations: fleet.upstream.violations(),
         faults: fleet.struck(),
-        turns: database::turns(&look, &accounts).await?,
+        turns,
         leases: database::leases(&look, true).await?,
         sightings,
         boots: database::boots(&look).await?,

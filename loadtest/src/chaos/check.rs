@@ -258,8 +258,7 @@ fn before<'a>(
 /// Whether a fault may cost a session its socket, or its client its session.
 fn unseats(what: What, path: &Path) -> bool {
     match what {
-        What::Redis => false,
-        What::Edge(_, Side::Redis, _) => false,
+        What::Redis | What::Edge(_, Side::Redis, _) | What::Slow(_) => false,
         What::Postgres(_) | What::Account(..) => true,
         What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, ..) => {
             path.replicas.contains(&r)

@@ -41,6 +41,8 @@ const COUNTED: [&str; 3] = [
     "drawbridge_fence_rejections_total{",
     "drawbridge_takes_total{",
 ];
+/// How long a replica takes to say that it lives, if the machine has time for it.
+const AT_ONCE: Duration = Duration::from_millis(300);
 /// How long a replica may take to get ready once nothing is wrong any more.
 const START: Duration = Duration::from_secs(120);
 
@@ -320,6 +322,37 @@ impl Fleet {
         }
     }
 
+    /// Asks every replica again and again whether it lives, and notes when that took long though nothing was wrong with it, until it is
+    /// dropped.
+    pub(super) async fn pulse(&self) {
+        let beat = async |number: usize| {
+            let url = format!("http://{}/livez", self.replicas[number].admin);
+            loop {
+                let from = clock::epoch_millis();
+                let asked = self.http.get(&url).timeout(Duration::from_secs(20)).send();
+                let answered = asked.await.is_ok();
+                let to = clock::epoch_millis();
+                let slow = Duration::from_millis(to - from) > AT_ONCE;
+                let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
+                let stopped = struck.iter().any(|fault| {
+                    let whole = match fault.what {
+                        What::Kill(other) | What::Pause(other) | What::Drain(other) => other,
+                        _ => return false,
+                    };
+                    whole == number && fault.from <= to && from <= fault.to
+                });
+                if answered && slow && !stopped {
+                    let what = What::Slow(number);
+                    struck.push(Struck { what, from, to });
+                }
+                drop(struck);
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let beats = (0..self.replicas.len()).map(beat);
+        futures_util::future::join_all(beats).await;
+    }
+
     /// The replicas that are not ready a while after everything has healed.
     pub(super) async fn unready(&self) -> Vec<String> {
         let mut unready = Vec::new();
@@ -413,6 +446,7 @@ impl Fleet {
                 *server.lock().await = Some(servers::redis(&self.dir, *port).await?);
                 Ok(())
             }
+            What::Slow(_) => Ok(()),
             What::Account(number, misfortune) => self.misfortune(number, misfortune, lasts).await,
         }
     }

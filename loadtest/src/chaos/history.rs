@@ -233,6 +233,18 @@ pub(super) fn said(items: &[Value]) -> Vec<String> {
     items.iter().filter_map(line).collect()
 }
 
+/// Gives turns that do not say what they answer the tag of the attempt that they got their response from.
+pub(super) fn name(turns: &mut [Turn], attempts: &[Attempt]) {
+    let answers = attempts.iter();
+    let answers: BTreeMap<&str, &Attempt> = answers
+        .filter_map(|attempt| Some((attempt.response_id.as_deref()?, attempt)))
+        .collect();
+    for turn in turns.iter_mut().filter(|turn| turn.tag.is_none()) {
+        let answer = turn.response.as_deref().and_then(|id| answers.get(id));
+        turn.tag = answer.and_then(|attempt| tag(attempt));
+    }
+}
+
 /// What an attempt answers.
 #[must_use]
 pub(super) fn tag(attempt: &Attempt) -> Option<String> {

@@ -152,6 +152,7 @@ fn kind(what: What) -> String {
         }
         What::Postgres(how) => format!("postgres away for all: {how:?}").to_lowercase(),
         What::Redis => "redis killed, restarted".into(),
+        What::Slow(_) => "(not planned: a replica was slow, the machine busy)".into(),
         What::Account(_, misfortune) => format!("account: {misfortune:?}").to_lowercase(),
     }
 }

@@ -125,7 +125,8 @@ fn refused(_: &Paths<'_>, attempt: &Attempt, entry: &Entry<'_>) -> bool {
 
 /// A guess stands for what was cut, on whichever side.
 fn guessed(paths: &Paths<'_>, attempt: &Attempt, entry: &Entry<'_>) -> bool {
-    let cut = attempt.usage.is_none() || disturbed(paths, entry, attempt.at);
+    let left = entry.booked.class.as_deref() == Some("cancelled") && paths.left(entry.turn);
+    let cut = attempt.usage.is_none() || left || disturbed(paths, entry, attempt.at);
     entry.booked.estimated && cut
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     chaos::{
-        history::{Call, History, Sighting, Struck, Turn, asked, conversation, tag},
+        history::{Call, End, History, Sighting, Struck, Turn, asked, conversation, tag},
         plan::{Misfortune, Side, What},
     },
     upstream::Attempt,
@@ -33,8 +33,10 @@ pub(super) struct Paths<'a> {
 pub(super) struct Path {
     pub(super) from: u64,
     pub(super) to: u64,
-    /// All that could have a part in it.
+    /// All that could have a part in it: where its client came in, who owned its conversation, who ran it.
     pub(super) replicas: BTreeSet<usize>,
+    /// The same without the first.
+    pub(super) owners: BTreeSet<usize>,
     /// Those that it was sent to.
     pub(super) accounts: BTreeSet<usize>,
 }
@@ -78,7 +80,6 @@ impl<'a> Paths<'a> {
         let mut path = Path {
             from,
             to,
-            replicas: call.entry.into_iter().collect(),
             ..Path::default()
         };
         let asked = asked(&call.tag);
@@ -86,13 +87,14 @@ impl<'a> Paths<'a> {
             if turn.born <= to && turn.settled.is_none_or(|settled| from <= settled) {
                 let tried = turn.attempts.iter();
                 let boots = tried.map(|attempt| &attempt.boot).chain([&turn.boot]);
-                path.replicas
+                path.owners
                     .extend(boots.filter_map(|boot| self.replica(boot)));
             }
         }
         for lease in self.leases.get(conversation(asked)).into_iter().flatten() {
-            path.replicas.extend(self.owners(lease, from, to));
+            path.owners.extend(self.owners(lease, from, to));
         }
+        path.replicas = &path.owners | &call.entry.into_iter().collect();
         for attempt in self.attempts.get(asked).into_iter().flatten() {
             if from <= attempt.at && attempt.at <= to {
                 path.accounts.extend(self.account(&attempt.account));
@@ -109,6 +111,7 @@ impl<'a> Paths<'a> {
             from: turn.born,
             to: turn.settled.unwrap_or(u64::MAX),
             replicas: replica.into_iter().collect(),
+            owners: replica.into_iter().collect(),
             accounts: accounts
                 .filter_map(|attempt| self.account(&attempt.account))
                 .collect(),
@@ -143,6 +146,17 @@ impl<'a> Paths<'a> {
     /// Whether a fault was felt on a way.
     pub(super) fn met(&self, path: &Path, which: impl Fn(What) -> bool) -> bool {
         self.struck(path.from, path.to, which)
+    }
+
+    /// Whether the client of a turn went away while it ran.
+    pub(super) fn left(&self, turn: &Turn) -> bool {
+        let Some(tag) = &turn.tag else { return false };
+        let to = turn.settled.unwrap_or(u64::MAX);
+        let mut calls = self.history.calls.iter();
+        calls.any(|call| {
+            let gone = matches!(call.end, End::Left | End::Broken(_));
+            gone && asked(&call.tag) == asked(tag) && turn.born <= call.ended && call.began <= to
+        })
     }
 
     /// Whether Postgres was out of reach for somebody on the way.
@@ -184,8 +198,12 @@ pub(super) fn excuses(code: &str, what: What, path: &Path) -> bool {
         // The owner does not answer.
         (
             "bridge_owner_unreachable",
-            What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, Side::Peers, _),
+            What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Slow(r),
         ) => path.on(r),
+        (
+            "bridge_owner_unreachable" | "upstream_premature_close",
+            What::Edge(r, Side::Peers, _),
+        ) => path.owners.contains(&r),
         // Nothing can be booked; who slept must have sent a heartbeat before it admits a turn.
         ("bridge_owner_unreachable" | "continuity_unavailable", what) if blinds(what, path) => true,
         ("continuity_unavailable", What::Pause(r)) => path.on(r),
@@ -196,10 +214,7 @@ pub(super) fn excuses(code: &str, what: What, path: &Path) -> bool {
         ("server_error", What::Account(a, Broken)) => path.at(a),
         // An answer that breaks off, between upstream and the owner or between the owner and the client's replica.
         ("upstream_premature_close", What::Account(a, Cut | Closed | Silent)) => path.at(a),
-        (
-            "upstream_premature_close",
-            What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, Side::Peers, _),
-        ) => path.on(r),
+        ("upstream_premature_close", What::Kill(r) | What::Pause(r) | What::Drain(r)) => path.on(r),
         (
             "upstream_premature_close" | "upstream_unavailable" | "upstream_timeout",
             What::Edge(r, Side::Upstream, _),

@@ -250,6 +250,28 @@ fn usage_is_guessed_only_where_something_was_cut() {
 }
 
 #[test]
+fn usage_of_a_turn_whose_client_left_may_be_a_guess() {
+    let cancelled = |history: &mut History| {
+        let booked = &mut history.turns[0].attempts[0];
+        (booked.estimated, booked.class) = (true, Some("cancelled".into()));
+    };
+    assert_eq!(after(cancelled), ["sent_unbooked", "booked_unsent"]);
+    let left = |history: &mut History| {
+        cancelled(history);
+        history.calls[0].end = End::Left;
+    };
+    assert_eq!(after(left), NOTHING);
+}
+
+#[test]
+fn a_turn_is_called_after_what_its_response_answers() {
+    let mut turns = [turn("a", "resp_1"), turn("?", "resp_2")];
+    turns[1].tag = None;
+    history::name(&mut turns, &[attempt(1, &SECOND, "resp_2")]);
+    assert_eq!(turns[1].tag.as_deref(), Some("b"));
+}
+
+#[test]
 fn what_was_delivered_complete_can_be_continued_once_it_is_booked() {
     for code in FORGOTTEN {
         let forgotten = |history: &mut History| {
@@ -332,6 +354,12 @@ fn errors_are_known_well_formed_and_connections_break_for_a_reason() {
         ),
         ("bridge_owner_unreachable", What::Kill(0), true),
         ("bridge_owner_unreachable", What::Kill(1), false),
+        (
+            "bridge_owner_unreachable",
+            What::Edge(0, Side::Peers, Break::Cut),
+            true,
+        ),
+        ("bridge_owner_unreachable", What::Slow(0), true),
         ("continuity_unavailable", What::Postgres(Break::Cut), true),
         ("continuity_unavailable", What::Redis, false),
         (
