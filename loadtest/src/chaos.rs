@@ -13,7 +13,7 @@ mod report;
 mod servers;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::AtomicUsize},
     time::Duration,
 };
@@ -70,6 +70,19 @@ pub struct Options {
 /// # Errors
 /// If something cannot be started, or does not come back.
 pub async fn run(options: &Options) -> anyhow::Result<Report> {
+    let dir = RunDir::make(&format!("chaos-{}", options.seed))?;
+    let ran = break_and_compare(options, dir.path()).await;
+    if !ran
+        .as_ref()
+        .is_ok_and(|report| report.violations.is_empty())
+    {
+        let kept = dir.keep();
+        say(&format!("histories and logs are in {}", kept.display()));
+    }
+    ran
+}
+
+async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Report> {
     let Options {
         seed,
         replicas,
@@ -82,11 +95,10 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         0 => "full",
         _ => "auto",
     };
-    let dir = RunDir::make(&format!("chaos-{seed}"))?;
     say(&format!("seed {seed}: starting {replicas} replicas .."));
     let fleet = Fleet::start(
         &options.drawbridge,
-        dir.path(),
+        dir,
         replicas,
         seed,
         snapshots,
@@ -184,12 +196,8 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         ..Report::of(&history, violations).with(counters.sums())
     };
     if !report.violations.is_empty() {
-        let kept = dir.keep();
-        std::fs::write(kept.join("history.json"), serde_json::to_vec(&history)?)?;
-        say(&format!(
-            "the history and the logs are in {}",
-            kept.display()
-        ));
+        let history = serde_json::to_vec(&history)?;
+        std::fs::write(dir.join("history.json"), history)?;
     }
     Ok(report)
 }
