@@ -11,7 +11,7 @@ mod stall;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{net::TcpListener, signal::unix::SignalKind};
+use tokio::{net::TcpListener, signal::unix::SignalKind, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     api_key::ApiKeys,
     bus::{Bus, Redis},
     config::{Config, Drain},
-    db::{Db, Installation},
+    db::{self, Db, Installation},
     forward, ingress, jobs,
     lease::Leases,
     ledger::Ledger,
@@ -34,6 +34,9 @@ use crate::{
 
 /// How long what remains after the grace may take to book itself.
 const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// How long Postgres may take to be told a thing at the end: one that does not answer keeps nobody from leaving.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The phases of a process, each entered once.
 #[derive(Clone, Debug, Default)]
@@ -260,9 +263,7 @@ impl Server {
     /// Lame duck, then the listener closes, then running turns may end, then the rest is cancelled.
     async fn drain(&self, drain: Drain) -> bool {
         self.phase.draining.cancel();
-        if let Err(error) = self.replica.drain().await {
-            tracing::warn!(%error, "peers do not know that this replica drains");
-        }
+        farewell("that this replica drains", self.replica.drain()).await;
         tokio::time::sleep(drain.delay).await;
         self.phase.closing.cancel();
         self.engine.close();
@@ -284,14 +285,16 @@ impl Server {
         self.engine.cancel_all();
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();
-        self.quota.flush().await;
-        self.keys.flush().await;
+        let (quota, keys) = (self.quota.flush(), self.keys.flush());
+        let written = async {
+            tokio::join!(quota, keys);
+            Ok(())
+        };
+        farewell("what was seen last", written).await;
         self.ledger.flush().await;
         let ended = self.tasks.drained(LAST_WORDS).await;
         // Last: from here on peers settle what is still open.
-        if let Err(error) = self.replica.leave().await {
-            tracing::warn!(%error, "left without saying so");
-        }
+        farewell("that this replica is gone", self.replica.leave()).await;
         self.db.close();
         if !ended {
             tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");
@@ -307,6 +310,15 @@ impl Server {
     /// Drains with a given patience and stops; what tests call instead of a signal.
     pub async fn stop(self, drain: Drain) -> bool {
         self.drain(drain).await
+    }
+}
+
+/// Tells Postgres something at the end, if it listens.
+async fn farewell(what: &str, telling: impl Future<Output = Result<(), db::Error>>) {
+    match timeout(FAREWELL, telling).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "Postgres is not told {what}"),
+        Err(_) => tracing::warn!("Postgres is not told {what}: it does not answer"),
     }
 }
 
