@@ -139,6 +139,8 @@ pub struct Ask {
     pub line: Option<LeaseId>,
     /// The lease for whose sake a peer sent it here.
     pub forwarded: Option<LeaseId>,
+    /// It went to a peer that gave no answer: whether it was begun there only the ledger can tell.
+    pub sent: bool,
     /// The body's share of the replica's bytes.
     pub held: Held,
     /// When it came.

@@ -146,6 +146,7 @@ async fn ask(
         turn_state,
         line: None,
         forwarded: None,
+        sent: false,
         held,
         arrived,
     })

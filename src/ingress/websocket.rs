@@ -268,6 +268,7 @@ impl Client {
             turn_state,
             line: self.line,
             forwarded: None,
+            sent: false,
             held,
             arrived,
         };

@@ -344,6 +344,7 @@ fn ask(engine: &Arc<Inner>, call: Call, held: Held) -> Result<(Ask, LeaseId), Re
         turn_state: details.turn_state.map(Bytes::from),
         line: None,
         forwarded: None,
+        sent: false,
         held,
         arrived: Instant::now(),
     };

@@ -141,8 +141,9 @@ impl Turn<'_> {
             first: next,
         };
         let ledger = &self.engine.ledger;
-        // A request that brings everything needs no Postgres for a while, and no lease then.
-        let bridged = facts.previous_response_id.is_none() && self.ask.forwarded.is_none();
+        // A request that brings everything needs no Postgres for a while, and no lease then; unless it may have begun elsewhere.
+        let elsewhere = self.ask.forwarded.is_some() || self.ask.sent;
+        let bridged = facts.previous_response_id.is_none() && !elsewhere;
         if bridged && let Some(opened) = ledger.open_late(opening.clone()) {
             return self.begun(opened).await;
         }
