@@ -5,6 +5,7 @@
 
 mod check;
 mod client;
+mod counters;
 mod database;
 mod fleet;
 mod history;
@@ -29,7 +30,8 @@ use tokio::{
 pub use self::{check::Violation, report::Report};
 use self::{
     client::{Conversation, Crowd, talk},
-    fleet::{Counters, Fleet},
+    counters::Counters,
+    fleet::Fleet,
     history::{History, Sighting},
 };
 use crate::{

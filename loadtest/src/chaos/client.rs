@@ -160,11 +160,20 @@ impl Conversation {
             (tag, item)
         });
         let ask = self.ask(&tag, item, true);
-        let mut call = self.call(&tag, &ask);
-        let reply = self.send(&ask, false).await;
-        (call.entry, call.healed) = (reply.entry, true);
-        (call.ended, call.end) = (clock::epoch_millis(), reply.end);
-        self.crowd.note(call);
+        // A busy machine may need a second try.
+        for last in [false, false, true] {
+            let mut call = self.call(&tag, &ask);
+            let reply = self.send(&ask, false).await;
+            let served = matches!(reply.end, End::Completed { .. });
+            (call.entry, call.healed) = (reply.entry, served || last);
+            (call.ended, call.end) = (clock::epoch_millis(), reply.end);
+            self.crowd.note(call);
+            if served {
+                return;
+            }
+            self.socket = None;
+            sleep(Duration::from_secs(3)).await;
+        }
     }
 
     /// Until it succeeds; yields whether it did.

@@ -1,7 +1,6 @@
 //! The replicas as an operator runs them, a faulty network between all of them, and the faults as they are done.
 
 use std::{
-    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -20,6 +19,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
+    counters::Counters,
     history::Struck,
     plan::{Break, Fault, Misfortune, Side, What},
     servers::{self, Server},
@@ -35,12 +35,6 @@ use crate::{
 const DELAY: Duration = Duration::from_millis(800);
 /// When a balancer has noticed that a replica leaves.
 const NOTICE: Duration = Duration::from_secs(1);
-/// What of a replica's counters is of interest here.
-const COUNTED: [&str; 3] = [
-    "drawbridge_bridge_outcomes_total{",
-    "drawbridge_fence_rejections_total{",
-    "drawbridge_takes_total{",
-];
 /// How long a replica takes to say that it lives, if the machine has time for it.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// How long a replica may take to get ready once nothing is wrong any more.
@@ -60,39 +54,6 @@ pub(super) struct Fleet {
     struck: Mutex<Vec<Struck>>,
     _pooler: Option<Server>,
     _postgres: Server,
-}
-
-/// Counters of all processes there were, by replica and series: what ended processes have counted, and what the present one has.
-#[derive(Default)]
-pub(super) struct Counters(BTreeMap<(String, String), (u64, u64)>);
-
-impl Counters {
-    fn read(&mut self, replica: &str, text: &str) {
-        for line in text.lines() {
-            let Some((series, value)) = line.rsplit_once(' ') else {
-                continue;
-            };
-            if !COUNTED.iter().any(|name| series.starts_with(name)) {
-                continue;
-            }
-            let value = value.parse().unwrap_or_default();
-            let key = (replica.to_owned(), series.to_owned());
-            let (ended, present) = self.0.entry(key).or_default();
-            if value < *present {
-                *ended += *present;
-            }
-            *present = value;
-        }
-    }
-
-    /// The sums over all replicas.
-    pub(super) fn sums(&self) -> BTreeMap<String, u64> {
-        let mut sums = BTreeMap::new();
-        for ((_, series), (ended, present)) in &self.0 {
-            *sums.entry(series.clone()).or_default() += ended + present;
-        }
-        sums
-    }
 }
 
 /// One replica, and the edges of the network around it.
@@ -626,19 +587,4 @@ fn over(edge: &Edge, url: &str) -> anyhow::Result<String> {
         .ok()
         .context("a URL with a host")?;
     Ok(url.to_string().trim_end_matches('/').to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counters_of_a_process_that_ended_are_kept() {
-        let mut counters = Counters::default();
-        let series = "drawbridge_takes_total{result=\"taken\"}";
-        for (replica, value) in [("r0", 2), ("r0", 5), ("r0", 1), ("r1", 4)] {
-            counters.read(replica, &format!("{series} {value}\nother 7\n"));
-        }
-        assert_eq!(counters.sums(), BTreeMap::from([(series.to_owned(), 10)]));
-    }
 }

@@ -148,13 +148,17 @@ impl<'a> Paths<'a> {
         self.struck(path.from, path.to, which)
     }
 
-    /// Whether the client of a turn went away while it ran.
+    /// Whether the client of a turn went away while it ran, or the replica that had sent it on did.
     pub(super) fn left(&self, turn: &Turn) -> bool {
         let Some(tag) = &turn.tag else { return false };
         let to = turn.settled.unwrap_or(u64::MAX);
         let mut calls = self.history.calls.iter();
         calls.any(|call| {
-            let gone = matches!(call.end, End::Left | End::Broken(_));
+            let gone = match &call.end {
+                End::Left | End::Broken(_) => true,
+                End::Failed { code, .. } => code == "bridge_owner_unreachable",
+                End::Completed { .. } => false,
+            };
             gone && asked(&call.tag) == asked(tag) && turn.born <= call.ended && call.began <= to
         })
     }
@@ -184,7 +188,8 @@ impl Path {
 fn blinds(what: What, path: &Path) -> bool {
     match what {
         What::Postgres(_) => true,
-        What::Edge(replica, Side::Postgres, _) => path.on(replica),
+        // A statement that a busy machine answers too late is one without an answer.
+        What::Edge(replica, Side::Postgres, _) | What::Slow(replica) => path.on(replica),
         _ => false,
     }
 }
@@ -196,16 +201,15 @@ pub(super) fn excuses(code: &str, what: What, path: &Path) -> bool {
         // The owner, or who stands between it and the client, leaves.
         ("bridge_drain_active" | "cancelled", What::Drain(r)) => path.on(r),
         // The owner does not answer.
-        (
-            "bridge_owner_unreachable",
-            What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Slow(r),
-        ) => path.on(r),
+        ("bridge_owner_unreachable", What::Kill(r) | What::Pause(r) | What::Drain(r)) => path.on(r),
         (
             "bridge_owner_unreachable" | "upstream_premature_close",
             What::Edge(r, Side::Peers, _),
         ) => path.owners.contains(&r),
         // Nothing can be booked; who slept must have sent a heartbeat before it admits a turn.
         ("bridge_owner_unreachable" | "continuity_unavailable", what) if blinds(what, path) => true,
+        // Nor a credential be read that is not in memory.
+        ("upstream_error" | "upstream_unavailable", what) if blinds(what, path) => true,
         ("continuity_unavailable", What::Pause(r)) => path.on(r),
         // What is left of the pool is all limits.
         ("usage_limit_reached" | "rate_limit_exceeded", What::Account(_, Limited)) => true,
