@@ -8,6 +8,7 @@ const COUNTED: [&str; 3] = [
     "drawbridge_fence_rejections_total{",
     "drawbridge_takes_total{",
 ];
+
 /// Counters of all processes there were, by replica and series: what ended processes have counted, and what the present one has.
 #[derive(Default)]
 pub(super) struct Counters(BTreeMap<(String, String), (u64, u64)>);
