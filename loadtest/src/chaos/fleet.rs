@@ -296,25 +296,29 @@ impl Fleet {
                 let asked = self.http.get(&url).timeout(Duration::from_secs(20)).send();
                 let answered = asked.await.is_ok();
                 let to = clock::epoch_millis();
-                let slow = Duration::from_millis(to - from) > AT_ONCE;
-                let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
-                let stopped = struck.iter().any(|fault| {
-                    let whole = match fault.what {
-                        What::Kill(other) | What::Pause(other) | What::Drain(other) => other,
-                        _ => return false,
-                    };
-                    whole == number && fault.from <= to && from <= fault.to
-                });
-                if answered && slow && !stopped {
-                    let what = What::Slow(number);
-                    struck.push(Struck { what, from, to });
+                if answered && Duration::from_millis(to - from) > AT_ONCE {
+                    self.was_slow(number, from, to);
                 }
-                drop(struck);
                 sleep(Duration::from_millis(100)).await;
             }
         };
         let beats = (0..self.replicas.len()).map(beat);
         futures_util::future::join_all(beats).await;
+    }
+
+    /// Notes it, unless something had been done to the process.
+    fn was_slow(&self, number: usize, from: u64, to: u64) {
+        let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
+        let stopped = struck.iter().any(|fault| match fault.what {
+            What::Kill(other) | What::Pause(other) | What::Drain(other) => {
+                other == number && fault.from <= to && from <= fault.to
+            }
+            _ => false,
+        });
+        if !stopped {
+            let what = What::Slow(number);
+            struck.push(Struck { what, from, to });
+        }
     }
 
     /// The replicas that are not ready a while after everything has healed.
