@@ -263,7 +263,7 @@ impl Server {
     /// Lame duck, then the listener closes, then running turns may end, then the rest is cancelled.
     async fn drain(&self, drain: Drain) -> bool {
         self.phase.draining.cancel();
-        farewell("that this replica drains", self.replica.drain()).await;
+        farewell("that this replica drains", Box::pin(self.replica.drain())).await;
         tokio::time::sleep(drain.delay).await;
         self.phase.closing.cancel();
         self.engine.close();
@@ -290,11 +290,11 @@ impl Server {
             tokio::join!(quota, keys);
             Ok(())
         };
-        farewell("what was seen last", written).await;
+        farewell("what was seen last", Box::pin(written)).await;
         self.ledger.flush().await;
         let ended = self.tasks.drained(LAST_WORDS).await;
         // Last: from here on peers settle what is still open.
-        farewell("that this replica is gone", self.replica.leave()).await;
+        farewell("that this replica is gone", Box::pin(self.replica.leave())).await;
         self.db.close();
         if !ended {
             tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");
