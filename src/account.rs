@@ -5,27 +5,35 @@
 //! knows no limits, no requests and no upstream: it stores what it is told.
 
 mod auth_file;
+mod claim;
 pub mod claims;
+pub mod export;
+pub mod flow;
+pub mod merge;
+mod plan;
+mod reconcile;
 pub mod sticky;
 mod store;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio_postgres::Row;
 
 pub use self::{
     auth_file::{AuthFile, AuthFileError},
+    claim::Claim,
     sticky::Sticky,
     store::STATEMENTS,
 };
-use self::{
-    claims::Claims,
-    store::{NewAccount, SealedTokens},
-};
+use self::{claims::Claims, plan::Verdict, store::SealedTokens};
 use crate::{
     bus::{self, Topic},
     db::{self, Db},
@@ -46,6 +54,12 @@ pub enum Error {
     /// It does not exist (any more).
     #[error("no such account")]
     Unknown,
+    /// A login that was meant for one account is another seat's.
+    #[error("this login belongs to another seat than the account; nothing was changed")]
+    OtherSeat,
+    /// A login was called off, or its time is over.
+    #[error("the login is over; nothing was changed")]
+    Over,
     /// Upstream has ended it; carries the status.
     #[error("the account is {0}; only a new login (import) brings it back")]
     Ended(Lifecycle),
@@ -101,6 +115,8 @@ pub struct Imported {
     pub id: AccountId,
     /// Whether it is new; otherwise its tokens were replaced.
     pub created: bool,
+    /// Rows of the same seat that are part of it now.
+    pub merged: Vec<AccountId>,
     /// The person's address, if the tokens name it.
     pub email: Option<String>,
     /// The operator's name for it.
@@ -123,6 +139,8 @@ pub struct Tokens {
 /// An opened credential.
 #[derive(Clone, Debug)]
 pub struct Stored {
+    /// The account: another than was asked for, if that was merged into it.
+    pub id: AccountId,
     /// Grows with every change of the tokens.
     pub generation: i64,
     /// The bearer token.
@@ -141,19 +159,29 @@ pub struct Stored {
     pub lifecycle: Lifecycle,
 }
 
+/// Logins that are stored at once: those of a seat wait for each other with a connection in their hands, and turns need connections, too.
+const LOGINS: usize = 2;
+
 /// The accounts of the installation. Cheap to clone; nothing is kept in memory.
 #[derive(Clone, Debug)]
 pub struct Accounts {
     db: Db,
     ring: KeyRing,
     pepper: Pepper,
+    logins: Arc<Semaphore>,
 }
 
 impl Accounts {
     /// Accounts of a database whose secrets the ring opens.
     #[must_use]
     pub fn new(db: Db, ring: KeyRing, pepper: Pepper) -> Self {
-        Self { db, ring, pepper }
+        let logins = Arc::new(Semaphore::new(LOGINS));
+        Self {
+            db,
+            ring,
+            pepper,
+            logins,
+        }
     }
 
     /// Every account, in order of its id.
@@ -196,45 +224,12 @@ impl Accounts {
         store::list(&self.db).await?.iter().map(listed).collect()
     }
 
-    /// Stores a login: into the row of its seat if there is one, which makes it active again, else into a new one. Without a label the old
-    /// one stays.
+    /// Which accounts were merged into which.
     ///
     /// # Errors
     /// Of the database.
-    pub async fn import(&self, file: &AuthFile, label: Option<&str>) -> Result<Imported, Error> {
-        let Claims {
-            email,
-            plan,
-            chatgpt_account_id,
-            chatgpt_user_id,
-        } = &file.claims;
-        let email_hash = email
-            .as_ref()
-            .map(|email| self.pepper.hash("email", email.to_lowercase().as_bytes()));
-        let account = NewAccount {
-            chatgpt_account_id: chatgpt_account_id.as_deref(),
-            chatgpt_user_id: chatgpt_user_id.as_deref(),
-            email_hash: email_hash.as_ref().map(<[u8; 32]>::as_slice),
-            label,
-            plan: plan.as_deref(),
-        };
-        let tx = self.db.begin().await?;
-        let known = store::lock_seat(&tx, seat_lock(account.chatgpt_account_id), &account).await?;
-        let id = known.unwrap_or_else(AccountId::new);
-        let email_sealed = email
-            .as_ref()
-            .map(|email| self.ring.seal(email_of(&id.to_string()), email.as_bytes()));
-        let (label, plan) = store::save_account(&tx, id, &account, email_sealed.as_deref()).await?;
-        let issued = file.refreshed_at.unwrap_or_else(|| self.db.clock().now());
-        store::save_credential(&tx, id, &self.seal(id, &file.tokens), issued).await?;
-        bus::commit(tx, &[Topic::Accounts]).await?;
-        Ok(Imported {
-            id,
-            created: known.is_none(),
-            email: email.clone(),
-            label,
-            plan,
-        })
+    pub async fn merges(&self) -> Result<HashMap<AccountId, AccountId>, db::Error> {
+        store::merges(&self.db).await
     }
 
     /// Takes an account out of service; its credential is kept fresh.
@@ -253,7 +248,7 @@ impl Accounts {
         self.operate(id, Lifecycle::Active).await
     }
 
-    /// Deletes an account with everything that is known of it but its turns.
+    /// Deletes an account with everything that is known of it but its turns. Keys that name it do so no longer.
     ///
     /// # Errors
     /// [`Error::Unknown`], or of the database.
@@ -262,7 +257,7 @@ impl Accounts {
         if !store::delete(&tx, id).await? {
             return Err(Error::Unknown);
         }
-        Ok(bus::commit(tx, &[Topic::Accounts, Topic::Models]).await?)
+        Ok(bus::commit(tx, &[Topic::Accounts, Topic::ApiKeys, Topic::Models]).await?)
     }
 
     /// Notes upstream's verdict on a credential; yields whether that changed anything. It does not if the credential is not `generation`
@@ -293,7 +288,7 @@ impl Accounts {
         Ok(judged)
     }
 
-    /// The opened credential of an account; `None` if there is no such account.
+    /// The opened credential of an account, or of the one that it was merged into; `None` if there is no such account.
     ///
     /// # Errors
     /// Of the database, or if a token does not open.
@@ -301,10 +296,12 @@ impl Accounts {
         let Some(row) = store::credential(&self.db, id).await? else {
             return Ok(None);
         };
+        let id: AccountId = row.try_get(8)?;
         let text = id.to_string();
         let open = |column, sealed: &[u8]| self.ring.open_text(token_of(&text, column), sealed);
         let id_token: Option<&[u8]> = row.try_get(5)?;
         Ok(Some(Stored {
+            id,
             generation: row.try_get(2)?,
             access: open(ACCESS, row.try_get(3)?)?,
             refresh: open(REFRESH, row.try_get(4)?)?,
@@ -342,6 +339,32 @@ impl Accounts {
         let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
         bus::commit(tx, &[Topic::Accounts]).await?;
         Ok(Some(generation))
+    }
+
+    /// Notes the plan that the usage endpoint names; yields whether it became the account's. A smaller one is believed when it is named twice.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn see_plan(&self, id: AccountId, named: &str) -> Result<bool, db::Error> {
+        let named = named.to_ascii_lowercase();
+        let tx = self.db.begin().await?;
+        let Some((known, before)) = store::sighting(&tx, id).await? else {
+            return Ok(false);
+        };
+        let before = before.as_ref().map(|(plan, at)| (plan.as_str(), *at));
+        let verdict = plan::judge(&known, before, &named, self.db.clock().now());
+        match verdict {
+            Verdict::Ignore => return Ok(false),
+            Verdict::Wait => store::see_plan(&tx, id, &named).await?,
+            Verdict::Same | Verdict::Change => store::forget_sighting(&tx, id).await?,
+        }
+        if verdict != Verdict::Change {
+            return tx.commit().await.map(|()| false);
+        }
+        store::set_plan(&tx, id, &named).await?;
+        bus::commit(tx, &[Topic::Accounts]).await?;
+        tracing::info!(account_id = %id, from = known, to = named, "an account has another plan");
+        Ok(true)
     }
 
     /// Stores an account's catalogue: upstream's array, each entry as it came.
@@ -414,12 +437,6 @@ fn email_of(row: &str) -> Place<'_> {
         row,
         column: "email_sealed",
     }
-}
-
-/// The second key of the advisory lock of a workspace; two that share it only wait for each other.
-fn seat_lock(chatgpt_account_id: Option<&str>) -> i32 {
-    let [a, b, c, d, ..] = secret::digest(&[chatgpt_account_id.unwrap_or_default().as_bytes()]);
-    i32::from_be_bytes([a, b, c, d])
 }
 
 fn as_text<S: Serializer>(lifecycle: &Lifecycle, serializer: S) -> Result<S::Ok, S::Error> {

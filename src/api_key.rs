@@ -11,16 +11,19 @@ mod text;
 mod view;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 pub use self::{
-    admin::{Created, Error, Listed, NewKey, create, find, list, revoke, rotate},
+    admin::{Created, Error, Listed, NewKey, create, find, grant, list, revoke, rotate},
     expiry::{BadExpiry, Expiry},
     store::STATEMENTS,
     view::ApiKeys,
 };
-use crate::ids::{AccountId, ApiKeyId, ScopeId};
+use crate::{
+    ids::{AccountId, ApiKeyId, ScopeId},
+    protocol::limits::Section,
+};
 
 /// A key that may come in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,67 @@ pub struct Grants {
     /// The models that it may ask for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub models: Option<Vec<String>>,
+    /// What it may see of quota; an empty list is nothing.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "known_sections"
+    )]
+    pub quota: Option<Vec<Section>>,
+}
+
+/// What becomes of one kind of grant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Grant<T> {
+    /// It stays as it is; a new key may everything.
+    #[default]
+    Same,
+    /// Everything.
+    Any,
+    /// These alone; none, if there are none.
+    Only(Vec<T>),
+}
+
+impl<T: Clone> Grant<T> {
+    fn only(&self) -> Option<Vec<T>> {
+        match self {
+            Self::Same | Self::Any => None,
+            Self::Only(these) => Some(these.clone()),
+        }
+    }
+}
+
+/// What becomes of the grants of a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// The accounts that may serve it.
+    pub accounts: Grant<AccountId>,
+    /// The models that it may ask for.
+    pub models: Grant<String>,
+    /// What it may see of quota.
+    pub quota: Grant<Section>,
+}
+
+impl Change {
+    /// What is restricted from now on: the grants of a new key.
+    #[must_use]
+    pub fn set(&self) -> Grants {
+        Grants {
+            accounts: self.accounts.only(),
+            models: self.models.only(),
+            quota: self.quota.only(),
+        }
+    }
+
+    /// The kinds whose restriction ends.
+    fn cleared(&self) -> Vec<&'static str> {
+        let kinds = [
+            (self.accounts == Grant::Any).then_some("accounts"),
+            (self.models == Grant::Any).then_some("models"),
+            (self.quota == Grant::Any).then_some("quota"),
+        ];
+        kinds.into_iter().flatten().collect()
+    }
 }
 
 /// Why a key does not come in.
@@ -76,8 +140,20 @@ impl Grants {
         serde_json::from_value(json).unwrap_or(Self {
             accounts: Some(Vec::new()),
             models: Some(Vec::new()),
+            quota: Some(Vec::new()),
         })
     }
+}
+
+/// Of sections that this release knows.
+fn known_sections<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<Section>>, D::Error> {
+    let words: Option<Vec<String>> = Option::deserialize(from)?;
+    let section = |word: String| {
+        Section::ALL
+            .into_iter()
+            .find(|section| section.as_str() == word)
+    };
+    Ok(words.map(|words| words.into_iter().filter_map(section).collect()))
 }
 
 impl Key {
@@ -121,18 +197,41 @@ mod tests {
 
     #[test]
     fn grants_that_name_nothing_allow_everything_and_those_of_a_newer_release_are_read() {
-        for (json, accounts, models) in [
-            ("{}", None, None),
+        let nothing = Grants {
+            accounts: Some(vec![]),
+            models: Some(vec![]),
+            quota: Some(vec![]),
+        };
+        let everything = Grants::default();
+        for (json, expected) in [
+            ("{}", everything.clone()),
             (
                 r#"{"models":["m"],"budget":{"usd":5}}"#,
-                None,
-                Some(vec!["m".to_owned()]),
+                Grants {
+                    models: Some(vec!["m".to_owned()]),
+                    ..everything.clone()
+                },
             ),
-            (r#"{"accounts":[]}"#, Some(vec![]), None),
-            (r#"{"models":"all"}"#, Some(vec![]), Some(vec![])),
+            (
+                r#"{"accounts":[]}"#,
+                Grants {
+                    accounts: Some(vec![]),
+                    ..everything.clone()
+                },
+            ),
+            (
+                r#"{"quota":["limits","forecast"]}"#,
+                Grants {
+                    quota: Some(vec![Section::Limits]),
+                    ..everything.clone()
+                },
+            ),
+            (r#"{"quota":null}"#, everything),
+            (r#"{"quota":"all"}"#, nothing.clone()),
+            (r#"{"models":"all"}"#, nothing),
         ] {
             let grants = Grants::read(serde_json::from_str(json).unwrap());
-            assert_eq!(grants, Grants { accounts, models }, "{json}");
+            assert_eq!(grants, expected, "{json}");
         }
     }
 }

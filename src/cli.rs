@@ -10,6 +10,7 @@ mod accounts;
 mod explain;
 mod keys;
 mod leases;
+mod quota;
 mod replicas;
 
 use std::{fmt, path::Path, process::ExitCode};
@@ -51,6 +52,11 @@ enum Command {
     /// The pool's accounts
     #[command(subcommand)]
     Accounts(accounts::AccountsCommand),
+    /// What is known of an account's limits, each value with its source and age
+    Quota {
+        /// Label, e-mail address, id, or at least 8 digits of the id's start; unset = every account
+        account: Option<String>,
+    },
     /// Client keys
     #[command(subcommand)]
     Keys(keys::KeysCommand),
@@ -83,6 +89,8 @@ pub struct Context {
     pub ring: KeyRing,
     /// The installation's secrets.
     pub installation: Installation,
+    /// The upstream.
+    pub upstream: config::Upstream,
     /// Whether to print JSON.
     pub json: bool,
 }
@@ -143,6 +151,12 @@ impl Cli {
             Command::Accounts(command) => {
                 with_context(&config, self.json, async |context| {
                     accounts::run(command, context).await
+                })
+                .await?;
+            }
+            Command::Quota { account } => {
+                with_context(&config, self.json, async |context| {
+                    quota::run(account.as_deref(), context).await
                 })
                 .await?;
             }
@@ -269,6 +283,7 @@ async fn with_context(
         db,
         ring,
         installation,
+        upstream: config.upstream.clone(),
         json,
     };
     let announced = context.db.announced();

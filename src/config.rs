@@ -7,7 +7,7 @@ mod faults;
 mod settings;
 mod unknown;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use redis::IntoConnectionInfo as _;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -16,7 +16,10 @@ use serde::{Serialize, Serializer};
 use self::faults::{Faults, address, duration, url};
 use self::settings::NAMES;
 pub use self::{settings::Settings, unknown::unknown_names};
-use crate::telemetry::LogFormat;
+use crate::{
+    routing::{Policy, Weights},
+    telemetry::LogFormat,
+};
 
 /// The checked settings.
 #[derive(Clone, Debug, Serialize)]
@@ -52,8 +55,16 @@ pub struct Config {
     pub log: Log,
     /// What is kept of finished responses.
     pub snapshots: Snapshots,
+    /// Whether no client sees anything of the pool's quota, whatever its key's grants say.
+    pub hide_quota: bool,
     /// Sessions at once.
     pub max_sessions: usize,
+    /// What models are called here beside their own names: alias -> model.
+    pub model_aliases: BTreeMap<String, String>,
+    /// How accounts are chosen.
+    pub routing: Policy,
+    /// Opens the operators' HTTP API; none = there is none.
+    pub operator_token: Option<OperatorToken>,
     /// Multiplies the times of the protocol between replicas: 1 but in tests.
     pub time_scale: f64,
 }
@@ -96,6 +107,25 @@ impl fmt::Debug for RedisUrl {
 }
 
 impl Serialize for RedisUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        as_printed(self, serializer)
+    }
+}
+
+/// Whoever has it is an operator.
+#[derive(Clone)]
+pub struct OperatorToken(pub SecretString);
+
+/// The shortest that is not to be guessed.
+const OPERATOR_TOKEN: usize = 16;
+
+impl fmt::Debug for OperatorToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl Serialize for OperatorToken {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         as_printed(self, serializer)
     }
@@ -147,6 +177,11 @@ pub struct Upstream {
     pub ca_file: Option<PathBuf>,
     /// How turns travel.
     pub transport: Transport,
+    /// How often the usage endpoint is asked about an account; none = never.
+    #[serde(serialize_with = "as_printed")]
+    pub usage_poll: Option<Duration>,
+    /// The sizes of plans.
+    pub plan_weights: Weights,
 }
 
 /// How turns travel to the upstream.
@@ -256,6 +291,11 @@ impl Settings {
             // Not quoted: it may hold a password.
             faults.add("DRAWBRIDGE_REDIS_URL is not a redis:// or rediss:// URL");
         }
+        let operator_token = self.operator_token.map(|token| OperatorToken(token.0));
+        let short = |token: &OperatorToken| token.0.expose_secret().len() < OPERATOR_TOKEN;
+        if operator_token.as_ref().is_some_and(short) {
+            faults.add("DRAWBRIDGE_OPERATOR_TOKEN has less than 16 characters; make one with: openssl rand -hex 32");
+        }
         let config = Config {
             listen: faults.parse(
                 "DRAWBRIDGE_LISTEN",
@@ -311,6 +351,23 @@ impl Settings {
                         "websocket" => Some(Transport::WebSocket),
                         _ => None,
                     },
+                ),
+                usage_poll: faults.parse(
+                    "DRAWBRIDGE_USAGE_POLL",
+                    self.usage_poll,
+                    "60s",
+                    "off, or a time from 1s",
+                    |text| match text {
+                        "off" => Some(None),
+                        time => Some(Some(duration(time).filter(|time| *time >= SECOND)?)),
+                    },
+                ),
+                plan_weights: faults.parse(
+                    "DRAWBRIDGE_PLAN_WEIGHTS",
+                    self.plan_weights,
+                    "",
+                    "plans and their sizes relative to plus, such as pro=6.67,free=0.15",
+                    |text| text.parse().ok(),
                 ),
             },
             key_rule: faults.parse(
@@ -373,6 +430,13 @@ impl Settings {
                     _ => None,
                 },
             ),
+            hide_quota: faults.parse(
+                "DRAWBRIDGE_HIDE_QUOTA",
+                self.hide_quota,
+                "false",
+                "true or false",
+                |text| text.parse().ok(),
+            ),
             max_sessions: faults.parse(
                 "DRAWBRIDGE_MAX_SESSIONS",
                 self.max_sessions,
@@ -380,6 +444,34 @@ impl Settings {
                 "a number from 1",
                 |text| text.parse().ok().filter(|most| *most > 0),
             ),
+            model_aliases: faults.parse(
+                "DRAWBRIDGE_MODEL_ALIASES",
+                self.model_aliases,
+                "",
+                "names and the models they stand for, such as fast=gpt-5.4-mini",
+                aliases,
+            ),
+            routing: Policy {
+                strategy: faults.parse(
+                    "DRAWBRIDGE_ROUTING",
+                    self.routing,
+                    "capacity",
+                    "capacity, soonest-reset or round-robin",
+                    |text| text.parse().ok(),
+                ),
+                turns_per_account: faults.parse(
+                    "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+                    self.turns_per_account,
+                    "0",
+                    "a number, 0 for no limit",
+                    |text| {
+                        text.parse()
+                            .ok()
+                            .map(|most: u32| (most > 0).then_some(most))
+                    },
+                ),
+            },
+            operator_token,
             time_scale: faults.parse(
                 "DRAWBRIDGE_TEST_TIME_SCALE",
                 self.test_time_scale,
@@ -391,6 +483,23 @@ impl Settings {
         faults.none().map(|()| config)
     }
 }
+
+/// Reads `fast=gpt-5.4-mini,other=..`.
+fn aliases(text: &str) -> Option<BTreeMap<String, String>> {
+    let pairs = text
+        .split(',')
+        .map(str::trim)
+        .filter(|pair| !pair.is_empty());
+    let alias = |pair: &str| {
+        let (alias, model) = pair.split_once('=')?;
+        let (alias, model) = (alias.trim(), model.trim());
+        let fine = !alias.is_empty() && !model.is_empty() && !model.contains('=');
+        fine.then(|| (alias.to_owned(), model.to_owned()))
+    };
+    pairs.map(alias).collect()
+}
+
+const SECOND: Duration = Duration::from_secs(1);
 
 fn default_data_dir() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {

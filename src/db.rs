@@ -7,6 +7,7 @@
 //! turns, key counters, `bus_versions` (topics alphabetically, last).
 
 mod clock;
+pub mod dependents;
 pub mod embedded;
 mod error;
 mod installation;

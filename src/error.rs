@@ -73,8 +73,12 @@ pub enum Code {
     UpgradeRequired,
     /// Every eligible account has used up its limit.
     UsageLimitReached,
-    /// This replica holds as many bytes of bodies as it may.
+    /// This replica holds as many bytes of bodies as it may, or every account as many turns.
     Overloaded,
+    /// The key has asked for this too often.
+    RateLimited,
+    /// A login of an account that is over, under way, or another seat's.
+    LoginConflict,
     /// One response at a time on a socket.
     ResponseInProgress,
     /// No account can serve.
@@ -108,7 +112,7 @@ struct Row {
 
 impl Code {
     /// Every code, for the documentation and its test.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::InvalidRequest,
         Self::InvalidJson,
         Self::InvalidEncoding,
@@ -130,6 +134,8 @@ impl Code {
         Self::UpgradeRequired,
         Self::UsageLimitReached,
         Self::Overloaded,
+        Self::RateLimited,
+        Self::LoginConflict,
         Self::ResponseInProgress,
         Self::NoAccounts,
         Self::ContinuityUnavailable,
@@ -251,6 +257,13 @@ impl Code {
                 "rate_limit_error",
                 Some(5),
             ),
+            Self::RateLimited => row(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limit_exceeded",
+                "rate_limit_error",
+                Some(30),
+            ),
+            Self::LoginConflict => row(StatusCode::CONFLICT, "login_conflict", invalid, None),
             Self::ResponseInProgress => {
                 row(StatusCode::CONFLICT, "response_in_progress", invalid, None)
             }
@@ -510,6 +523,10 @@ impl From<Stop> for ApiError {
             Stop::Nobody { .. } => Self::new(
                 Code::NoAccounts,
                 "No account of the pool can serve this request at the moment.",
+            ),
+            Stop::Busy => Self::new(
+                Code::Overloaded,
+                "Every account of the pool runs as many turns as it may; try again.",
             ),
             Stop::PreviousResponseNotFound => bridge::not_found(),
             Stop::Rejected(reject, wait) => bridge::rejected(reject, wait),

@@ -95,6 +95,11 @@ id!(
     new_v4
 );
 id!(
+    /// A login under way: a row of `login_flows`.
+    FlowId,
+    new_v4
+);
+id!(
     /// A conversation's snapshots up to a checkpoint.
     ChainId,
     new_v4

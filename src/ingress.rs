@@ -1,16 +1,17 @@
 //! The client-facing edge: who is calling, what is asked, and in which form the answer goes out. Everything between belongs to `turn`.
 //!
 //! Two families of routes: `/backend-api/codex` speaks as the Codex backend does, `/v1` as the OpenAI API does. No account id ever
-//! crosses this room towards a client.
+//! crosses this room towards a client, but through the fleet API.
 
 mod body;
 mod documents;
 mod encode;
+mod fleet;
 mod gate;
 mod responses;
 mod websocket;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
@@ -26,9 +27,11 @@ use uuid::Uuid;
 
 pub use self::gate::Gate;
 use crate::{
+    account::Accounts,
     api_key::ApiKeys,
     db::Clock,
     error::{ApiError, Code},
+    ledger::Ledger,
     task::Tasks,
     turn::{Budget, Engine},
     upstream::Upstream,
@@ -42,8 +45,14 @@ pub struct State {
     pub upstream: Upstream,
     /// Client keys.
     pub keys: ApiKeys,
+    /// For the fleet API.
+    pub accounts: Accounts,
+    /// What keys have used.
+    pub ledger: Ledger,
     /// The database's clock.
     pub clock: Clock,
+    /// What models are called here beside their own names.
+    pub aliases: BTreeMap<String, String>,
     /// Who may come in.
     pub gate: Gate,
     /// Bytes of bodies held at once.
@@ -95,11 +104,16 @@ pub fn router(state: Arc<State>) -> Router {
             post(responses::openai).get(websocket::openai),
         )
         .route("/responses/compact", post(responses::compact_openai))
-        .route("/models", get(documents::models_openai));
+        .route("/models", get(documents::models_openai))
+        .route("/usage", get(fleet::usage));
+    let fleet = Router::new()
+        .route("/summary", get(fleet::summary))
+        .route("/refresh", post(fleet::refresh));
     let mut router = Router::new()
         .nest(CODEX, codex.clone())
         .nest("/backend-api/codex/v1", codex)
-        .nest("/v1", openai);
+        .nest("/v1", openai)
+        .nest("/api/fleet", fleet);
     for base in ["/backend-api/wham", "/api/codex"] {
         router = router
             .route(&format!("{base}/usage"), get(documents::usage))

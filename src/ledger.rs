@@ -8,6 +8,7 @@
 //! It knows nothing of clients and connections: callers say what happened.
 
 mod attempt;
+mod history;
 mod late;
 mod log;
 pub mod price;
@@ -15,6 +16,7 @@ mod record;
 mod store;
 mod sweep;
 mod turn;
+mod used;
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,6 +28,7 @@ use tokio::{
 
 pub use self::{
     attempt::{Attempt, End, Metered, Totals, Try},
+    history::STATEMENTS as HISTORY_STATEMENTS,
     log::Entry,
     record::{Record, Turn, record},
     store::STATEMENTS,
@@ -34,6 +37,7 @@ pub use self::{
         Answer, Booked, Bridge, Fence, NotOpened, Opened, Opening, Outcome, Request, Settlement,
         Snapshot, Sticky,
     },
+    used::Used,
 };
 use self::{
     late::{Away, Late},

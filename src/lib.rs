@@ -15,6 +15,7 @@ pub mod ingress;
 pub mod jobs;
 pub mod lease;
 pub mod ledger;
+pub mod poll;
 pub mod protocol;
 pub mod quota;
 pub mod replica;

@@ -8,6 +8,7 @@
 
 mod anchor;
 mod merge;
+mod poll;
 mod pool;
 mod state;
 mod store;
@@ -17,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use tokio::{
     sync::{Notify, watch},
     time::{MissedTickBehavior, interval},
@@ -28,7 +30,11 @@ use self::{
     state::{Change, State},
 };
 pub use self::{
-    merge::{Block, Sample, Source, block_until, lifts, merge_block, merge_window},
+    merge::{
+        Block, CreditSample, Evidence, Sample, Source, block_until, lifts, merge_block,
+        merge_window,
+    },
+    poll::Skip,
     pool::pool_view,
     store::STATEMENTS,
 };
@@ -36,13 +42,27 @@ use crate::{
     bus::{Bus, Subscription, Topic},
     db::{Db, Error},
     ids::AccountId,
-    protocol::limits::{Family, Observation},
+    protocol::limits::{Credits, Family, Observation, UsageReport},
     routing,
     task::Tasks,
 };
 
 /// Between two writes of samples.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// Rows of history deleted at once.
+const PURGE_BATCH: i64 = 10_000;
+
+/// What is known of one account, see [`Quota::known`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Known {
+    /// Family, nominal minutes, and what was seen of the window; those that are gone included.
+    pub windows: Vec<(Family, u32, Sample)>,
+    /// By family; those that have ended may be listed.
+    pub blocks: Vec<(Family, Block)>,
+    /// Credits, where any feed told of them.
+    pub credits: Option<CreditSample>,
+}
 
 /// What this replica knows of every account's limits. Clones share it.
 #[derive(Clone, Debug)]
@@ -139,6 +159,30 @@ impl Quota {
         self.announce(change);
     }
 
+    /// Takes in an answer of the usage endpoint to a question that began at `began`: what it leaves out is gone.
+    pub fn report(&self, account: AccountId, report: &UsageReport, began: Instant) {
+        let now = self.shared.db.clock().now();
+        let mut known = self.lock();
+        let (state, anchor) = &mut *known;
+        let observed_at = anchor.time_of(began, Instant::now(), now);
+        let change = state.report(account, report, observed_at, now);
+        drop(known);
+        self.announce(change);
+    }
+
+    /// Why the usage endpoint need not be asked now, if it need not; `answered_at` is when it last answered, and it would be asked `every` so
+    /// often.
+    #[must_use]
+    pub fn skips(
+        &self,
+        account: AccountId,
+        answered_at: Option<Timestamp>,
+        every: Duration,
+    ) -> Option<Skip> {
+        let now = self.shared.db.clock().now();
+        poll::skip(&self.lock().0.limits(account), answered_at, every, now)
+    }
+
     /// Takes in that upstream refused the account for a family. `until` is upstream's own deadline in epoch seconds, taken exactly; without
     /// a believable one it is a guess of a minute. `reason` is upstream's code. A block never shrinks by this.
     pub fn block(&self, account: AccountId, family: &Family, until: Option<i64>, reason: &str) {
@@ -162,6 +206,37 @@ impl Quota {
     #[must_use]
     pub fn snapshot(&self, account: AccountId) -> (Vec<routing::Window>, Vec<routing::Block>) {
         self.lock().0.snapshot(account)
+    }
+
+    /// The credits of an account, where any feed told of them.
+    #[must_use]
+    pub fn credits(&self, account: AccountId) -> Option<Credits> {
+        self.lock().0.credits(account)
+    }
+
+    /// Everything that is known of an account, with sources and times.
+    #[must_use]
+    pub fn known(&self, account: AccountId) -> Known {
+        let limits = self.lock().0.limits(account);
+        let windows = limits.windows.into_iter();
+        Known {
+            windows: windows
+                .map(|((family, minutes), sample)| (family, minutes, sample))
+                .collect(),
+            blocks: limits.blocks.into_iter().collect(),
+            credits: limits.credits,
+        }
+    }
+
+    /// Deletes history that is older than so many days.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn purge(&self, retention_days: u16) -> Result<(), Error> {
+        while store::purge(&self.shared.db, retention_days, PURGE_BATCH).await?
+            == PURGE_BATCH.unsigned_abs()
+        {}
+        Ok(())
     }
 
     /// Moves when a snapshot would look different to selection.

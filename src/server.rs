@@ -6,12 +6,13 @@
 
 mod connection;
 mod health;
+mod operator;
 mod stall;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{net::TcpListener, signal::unix::SignalKind};
+use tokio::{net::TcpListener, signal::unix::SignalKind, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     api_key::ApiKeys,
     bus::{Bus, Redis},
     config::{Config, Drain},
-    db::{Db, Installation},
+    db::{self, Db, Installation},
     forward, ingress, jobs,
     lease::Leases,
     ledger::Ledger,
@@ -29,11 +30,14 @@ use crate::{
     snapshot::Snapshots,
     task::Tasks,
     telemetry, token, turn,
-    upstream::Upstream,
+    upstream::{Upstream, login::Logins},
 };
 
 /// How long what remains after the grace may take to book itself.
 const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// How long Postgres may take to be told a thing at the end: one that does not answer keeps nobody from leaving.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The phases of a process, each entered once.
 #[derive(Clone, Debug, Default)]
@@ -157,6 +161,8 @@ impl Server {
                 keys: keys.clone(),
                 peers,
                 max_sessions: config.max_sessions,
+                hide_quota: config.hide_quota,
+                policy: config.routing,
             },
             &tasks,
         );
@@ -186,20 +192,29 @@ impl Server {
         let parts = jobs::Parts {
             db: db.clone(),
             ledger: ledger.clone(),
+            accounts: accounts.clone(),
             sticky,
             leases,
             snapshots,
+            quota: quota.clone(),
             upstream: upstream.clone(),
             engine: engine.clone(),
         };
-        jobs::start(&tasks, &parts, config.retention_days);
+        let periods = jobs::Periods {
+            retention_days: config.retention_days,
+            usage_poll: config.upstream.usage_poll,
+        };
+        jobs::start(&tasks, &parts, &periods);
 
         let (address, admin_address) = (client.local_addr()?, admin.local_addr()?);
         let state = Arc::new(ingress::State {
             engine: engine.clone(),
             upstream,
             keys: keys.clone(),
+            accounts: accounts.clone(),
+            ledger: ledger.clone(),
             clock: db.clock().clone(),
+            aliases: config.model_aliases.clone(),
             gate: ingress::Gate::new(config.key_rule, address),
             bytes,
             tasks: tasks.clone(),
@@ -210,14 +225,14 @@ impl Server {
             "clients",
             connection::accept(client, router, phase.clone(), tasks.clone()),
         );
+        let mut router = health::admin_router(phase.clone(), db.clone());
+        if let Some(token) = &config.operator_token {
+            let logins = Logins::new(&config.upstream, &accounts, &tasks)?;
+            router = router.merge(operator::router(&token.0, logins));
+        }
         tasks.essential(
             "admin",
-            connection::accept(
-                admin,
-                health::admin_router(phase.clone(), db.clone()),
-                phase.clone(),
-                tasks.clone(),
-            ),
+            connection::accept(admin, router, phase.clone(), tasks.clone()),
         );
         phase.ready.cancel();
         Ok(Self {
@@ -260,9 +275,7 @@ impl Server {
     /// Lame duck, then the listener closes, then running turns may end, then the rest is cancelled.
     async fn drain(&self, drain: Drain) -> bool {
         self.phase.draining.cancel();
-        if let Err(error) = self.replica.drain().await {
-            tracing::warn!(%error, "peers do not know that this replica drains");
-        }
+        farewell("that this replica drains", Box::pin(self.replica.drain())).await;
         tokio::time::sleep(drain.delay).await;
         self.phase.closing.cancel();
         self.engine.close();
@@ -284,14 +297,16 @@ impl Server {
         self.engine.cancel_all();
         let booked = self.engine.idle(LAST_WORDS).await;
         self.tasks.stop();
-        self.quota.flush().await;
-        self.keys.flush().await;
+        let (quota, keys) = (self.quota.flush(), self.keys.flush());
+        let written = async {
+            tokio::join!(quota, keys);
+            Ok(())
+        };
+        farewell("what was seen last", Box::pin(written)).await;
         self.ledger.flush().await;
         let ended = self.tasks.drained(LAST_WORDS).await;
         // Last: from here on peers settle what is still open.
-        if let Err(error) = self.replica.leave().await {
-            tracing::warn!(%error, "left without saying so");
-        }
+        farewell("that this replica is gone", Box::pin(self.replica.leave())).await;
         self.db.close();
         if !ended {
             tracing::warn!(tasks = self.tasks.running(), "some tasks did not end");
@@ -307,6 +322,15 @@ impl Server {
     /// Drains with a given patience and stops; what tests call instead of a signal.
     pub async fn stop(self, drain: Drain) -> bool {
         self.drain(drain).await
+    }
+}
+
+/// Tells Postgres something at the end, if it listens.
+async fn farewell(what: &str, telling: impl Future<Output = Result<(), db::Error>>) {
+    match timeout(FAREWELL, telling).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "Postgres is not told {what}"),
+        Err(_) => tracing::warn!("Postgres is not told {what}: it does not answer"),
     }
 }
 
@@ -351,10 +375,7 @@ async fn welcome(server: &Server, config: &Config) {
     let keyless = !server.keys.any_created() && address.ip().is_loopback();
     let mut steps = Vec::new();
     if accounts == 0 {
-        steps.push(
-            "import an account:  CODEX_HOME=$(mktemp -d) sh -c 'codex login && drawbridge accounts import \"$CODEX_HOME/auth.json\"'"
-                .to_owned(),
-        );
+        steps.push("log an account in:  drawbridge accounts login".to_owned());
     }
     if keyless {
         steps.push(

@@ -113,6 +113,12 @@ pub fn attempt_failed(class: &'static str, next: &'static str) {
     counter!("drawbridge_attempt_failures_total", "class" => class, "next" => next).increment(1);
 }
 
+/// Upstream was asked about an account, beside its turns; what is asked is a word of `poll::Question`.
+pub fn polled(question: &'static str, answered: bool) {
+    let outcome = if answered { "answered" } else { "failed" };
+    counter!("drawbridge_polls_total", "question" => question, "outcome" => outcome).increment(1);
+}
+
 /// A conversation was continued, or not: an outcome and its reason, both words of `turn::resolve`.
 pub fn bridge(outcome: &'static str, reason: &'static str) {
     counter!("drawbridge_bridge_outcomes_total", "outcome" => outcome, "reason" => reason)

@@ -46,10 +46,12 @@ use crate::{
     ledger::{self, Ledger},
     protocol::{
         failure::Failure,
+        limits::QuotaVisibility,
         request::{Invalid, Request},
     },
     quota::Quota,
     replica::Replica,
+    routing,
     snapshot::Snapshots,
     task::Tasks,
     token,
@@ -83,6 +85,13 @@ impl Caller {
     #[must_use]
     pub fn api_key(&self) -> Option<ApiKeyId> {
         self.0.as_ref().map(|key| key.id)
+    }
+
+    /// What the client may see of quota; `hidden` = nobody sees any.
+    fn sees(&self, hidden: bool) -> QuotaVisibility<'_> {
+        let grants = self.0.as_ref().map(|key| &key.grants);
+        let sections = grants.and_then(|grants| grants.quota.as_deref());
+        QuotaVisibility::new(sections, self.accounts(), hidden)
     }
 
     /// The accounts the key may use; `None` = all.
@@ -139,6 +148,8 @@ pub struct Ask {
     pub line: Option<LeaseId>,
     /// The lease for whose sake a peer sent it here.
     pub forwarded: Option<LeaseId>,
+    /// It went to a peer that gave no answer: whether it was begun there only the ledger can tell.
+    pub sent: bool,
     /// The body's share of the replica's bytes.
     pub held: Held,
     /// When it came.
@@ -246,6 +257,8 @@ pub enum Stop {
         /// For the operator.
         why: String,
     },
+    /// Every account that could serve runs as many turns as it may.
+    Busy,
     /// `previous_response_id` names what no upstream socket at hand remembers.
     PreviousResponseNotFound,
     /// The conversation cannot be continued here and now, and when to come back.
@@ -290,6 +303,10 @@ pub struct Parts {
     pub peers: Option<Peers>,
     /// Sessions at most.
     pub max_sessions: usize,
+    /// Whether no client sees anything of quota.
+    pub hide_quota: bool,
+    /// How accounts are chosen.
+    pub policy: routing::Policy,
 }
 
 struct Inner {
@@ -305,6 +322,8 @@ struct Inner {
     keys: ApiKeys,
     peers: Option<Peers>,
     sessions: Registry,
+    hide_quota: bool,
+    chooser: run::Chooser,
     tasks: Tasks,
     /// No session is opened any more.
     closing: AtomicBool,
@@ -338,6 +357,8 @@ impl Engine {
             keys: parts.keys,
             peers: parts.peers,
             sessions: Registry::new(parts.max_sessions),
+            hide_quota: parts.hide_quota,
+            chooser: run::Chooser::new(parts.policy),
             tasks: tasks.clone(),
             closing: AtomicBool::new(false),
             cancel: CancellationToken::new(),
@@ -374,6 +395,12 @@ impl Engine {
             let boot = *boots.borrow_and_update();
             self.0.sessions.retire_others(boot);
         }
+    }
+
+    /// What a client may see of quota: the one place where its grants and the setting meet.
+    #[must_use]
+    pub fn visibility<'a>(&self, caller: &'a Caller) -> QuotaVisibility<'a> {
+        caller.sees(self.0.hide_quota)
     }
 
     /// Turns that run now.

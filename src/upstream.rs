@@ -4,7 +4,10 @@
 mod catalogue;
 pub mod credential;
 pub mod http;
+pub mod login;
 pub mod oauth;
+mod refresh;
+mod usage;
 mod view;
 pub mod websocket;
 
@@ -19,9 +22,11 @@ use rustls::{
 use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 
+pub use self::refresh::Refreshed;
 use self::{
     catalogue::Catalogue,
     credential::{Credential, Credentials},
+    refresh::Flights,
 };
 use crate::{
     account::Accounts,
@@ -29,6 +34,7 @@ use crate::{
     config,
     db::{Clock, Db},
     ids::AccountId,
+    poll::Polls,
     protocol::{failure::Failure, limits::Family},
     quota::Quota,
     routing::View,
@@ -81,7 +87,10 @@ pub struct Upstream {
     quota: Quota,
     accounts: Accounts,
     catalogue: Catalogue,
+    flights: Flights,
+    polls: Polls,
     view: watch::Receiver<Arc<View>>,
+    merges: watch::Receiver<view::Merges>,
     clock: Clock,
     transport: config::Transport,
 }
@@ -108,7 +117,9 @@ impl Upstream {
             bus,
             tasks,
         );
-        let view = view::keep(accounts.clone(), quota.clone(), bus, tasks).await?;
+        let weights = config.plan_weights.clone();
+        let (view, merges) =
+            view::keep(accounts.clone(), quota.clone(), weights, bus, tasks).await?;
         let catalogue = Catalogue::keep(accounts.clone(), bus, tasks).await?;
         Ok(Self {
             client,
@@ -117,7 +128,10 @@ impl Upstream {
             quota: quota.clone(),
             accounts: accounts.clone(),
             catalogue,
+            flights: Flights::default(),
+            polls: Polls::new(db.clone()),
             view,
+            merges,
             clock: db.clock().clone(),
             transport: config.transport,
         })
@@ -127,6 +141,16 @@ impl Upstream {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
+    }
+
+    /// The account that this one is part of now; itself, unless it was merged away.
+    #[must_use]
+    pub fn canonical(&self, account: AccountId) -> AccountId {
+        self.merges
+            .borrow()
+            .get(&account)
+            .copied()
+            .unwrap_or(account)
     }
 
     /// Waits until the view shows an account blocked, so that the next choice knows what the last attempt learnt.
@@ -148,7 +172,7 @@ impl Upstream {
         let now = self.now();
         let view = self.view.borrow();
         let known = view.account(account);
-        if let Some(until) = known.and_then(|account| account.penalty.strike(now)) {
+        if let Some(until) = known.and_then(|account| account.load.penalty.strike(now)) {
             let seconds = until - now;
             tracing::warn!(account_id = %account, seconds, "an account fails; it is the last choice for a while");
         }
@@ -157,7 +181,7 @@ impl Upstream {
     /// Notes that the account has served.
     pub fn lift_penalty(&self, account: AccountId) {
         if let Some(account) = self.view.borrow().account(account) {
-            account.penalty.lift();
+            account.load.penalty.lift();
         }
     }
 

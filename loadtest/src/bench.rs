@@ -273,7 +273,8 @@ async fn measure(target: &Target, scenario: Scenario, options: &Options) -> anyh
     })
 }
 
-fn machine() -> Value {
+/// What this runs on.
+pub(crate) fn machine() -> Value {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let line = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name))?;
@@ -289,7 +290,7 @@ fn machine() -> Value {
 }
 
 /// What a program says about itself; nginx does so on stderr.
-fn version(program: impl AsRef<std::ffi::OsStr>, flag: &str) -> Option<String> {
+pub(crate) fn version(program: impl AsRef<std::ffi::OsStr>, flag: &str) -> Option<String> {
     let output = Command::new(program).arg(flag).output().ok()?;
     let said = if output.stdout.is_empty() {
         output.stderr

@@ -5,6 +5,7 @@
 
 mod check;
 mod client;
+mod counters;
 mod database;
 mod fleet;
 mod history;
@@ -13,12 +14,13 @@ mod report;
 mod servers;
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, atomic::AtomicUsize},
     time::Duration,
 };
 
 use anyhow::Context as _;
+use serde_json::json;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -27,11 +29,17 @@ use tokio::{
 
 pub use self::{check::Violation, report::Report};
 use self::{
-    client::{Crowd, talk},
-    fleet::{Counters, Fleet},
-    history::{History, Lease},
+    client::{Conversation, Crowd, talk},
+    counters::Counters,
+    fleet::Fleet,
+    history::{History, Sighting},
 };
-use crate::{process::RunDir, say};
+use crate::{
+    bench::{machine, version},
+    clock,
+    process::RunDir,
+    say,
+};
 
 /// How long what is left may take to end by itself: an owner is buried, its turns are swept.
 const QUIET: Duration = Duration::from_secs(120);
@@ -64,6 +72,19 @@ pub struct Options {
 /// # Errors
 /// If something cannot be started, or does not come back.
 pub async fn run(options: &Options) -> anyhow::Result<Report> {
+    let dir = RunDir::make(&format!("chaos-{}", options.seed))?;
+    let ran = break_and_compare(options, dir.path()).await;
+    if !ran
+        .as_ref()
+        .is_ok_and(|report| report.violations.is_empty())
+    {
+        let kept = dir.keep();
+        say(&format!("histories and logs are in {}", kept.display()));
+    }
+    ran
+}
+
+async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Report> {
     let Options {
         seed,
         replicas,
@@ -71,13 +92,18 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         length,
         ..
     } = *options;
-    let dir = RunDir::make(&format!("chaos-{seed}"))?;
+    // Both are promised the same; by turns, so that nobody has to choose.
+    let snapshots = match seed % 2 {
+        0 => "full",
+        _ => "auto",
+    };
     say(&format!("seed {seed}: starting {replicas} replicas .."));
     let fleet = Fleet::start(
         &options.drawbridge,
-        dir.path(),
+        dir,
         replicas,
         seed,
+        snapshots,
         options.scale,
     );
     let fleet = Arc::new(fleet.await?);
@@ -87,7 +113,8 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     }
     let (end, over) = watch::channel(false);
     let crowd = Arc::new(Crowd {
-        address: fleet.balancer.address,
+        fronts: fleet.fronts(),
+        next: AtomicUsize::default(),
         keys,
         http: reqwest::Client::builder()
             .no_proxy()
@@ -107,28 +134,53 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         struck = strike(options, &fleet) => struck?,
         watched = watch(&look, &mut sightings) => watched?,
         () = fleet.count(&mut counters) => {}
+        () = fleet.pulse() => {}
     }
     say("all faults are over ..");
     end.send_replace(true);
-    let left = async { while talking.join_next().await.is_some() {} };
+    let mut conversations = Vec::new();
+    let left = async {
+        while let Some(conversation) = talking.join_next().await {
+            conversations.push(conversation?);
+        }
+        anyhow::Ok(())
+    };
     tokio::select! {
-        ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")?,
+        ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")??,
         watched = watch(&look, &mut sightings) => watched?,
         () = fleet.count(&mut counters) => {}
+        () = fleet.pulse() => {}
     }
     fleet.upstream.no_faults();
     fleet.upstream.release();
     quiet(&look).await?;
+    let unready = fleet.unready().await;
+    say("every conversation goes on once more ..");
+    let last: JoinSet<()> = conversations
+        .into_iter()
+        .map(Conversation::last_word)
+        .collect();
+    tokio::select! {
+        _ = last.join_all() => {},
+        watched = watch(&look, &mut sightings) => watched?,
+        () = fleet.count(&mut counters) => {}
+    }
+    quiet(&look).await?;
     let accounts = database::accounts(&look).await?;
+    let attempts = fleet.upstream.attempts();
+    let mut turns = database::turns(&look, &accounts).await?;
+    history::name(&mut turns, &attempts);
     let history = History {
         calls: crowd.taken(),
-        attempts: fleet.upstream.attempts(),
+        attempts,
         upstream_violations: fleet.upstream.violations(),
         faults: fleet.struck(),
-        turns: database::turns(&look, &accounts).await?,
+        turns,
         leases: database::leases(&look, true).await?,
         sightings,
-        unready: fleet.unready().await,
+        boots: database::boots(&look).await?,
+        accounts: fleet.accounts.iter().map(ToString::to_string).collect(),
+        unready,
     };
     let violations = check::check(&history);
     let report = Report {
@@ -137,16 +189,17 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         replicas,
         clients,
         bridge: database::outcomes(&look).await?,
-        counters: counters.sums(),
-        ..Report::of(&history, violations)
+        snapshots,
+        machine: machine(),
+        versions: json!({
+            "drawbridge": version(&options.drawbridge, "--version"),
+            "servers": servers::versions(),
+        }),
+        ..Report::of(&history, violations).with(counters.sums())
     };
     if !report.violations.is_empty() {
-        let kept = dir.keep();
-        std::fs::write(kept.join("history.json"), serde_json::to_vec(&history)?)?;
-        say(&format!(
-            "the history and the logs are in {}",
-            kept.display()
-        ));
+        let history = serde_json::to_vec(&history)?;
+        std::fs::write(dir.join("history.json"), history)?;
     }
     Ok(report)
 }
@@ -184,12 +237,13 @@ async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
 }
 
 /// Looks at the leases until it is dropped.
-async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Lease>) -> anyhow::Result<()> {
+async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Sighting>) -> anyhow::Result<()> {
     let mut newest = std::collections::BTreeMap::new();
     loop {
         for lease in database::leases(look, false).await? {
             if newest.insert(lease.id.clone(), lease.clone()).as_ref() != Some(&lease) {
-                seen.push(lease);
+                let at = clock::epoch_millis();
+                seen.push(Sighting { at, lease });
             }
         }
         sleep(Duration::from_millis(250)).await;

@@ -10,6 +10,7 @@ mod connection;
 mod control;
 mod fault;
 mod http;
+mod login;
 mod state;
 mod strict;
 mod websocket;
@@ -90,6 +91,8 @@ impl Upstream {
         let shared = Arc::new(Shared::new(config));
         let router = Router::new()
             .route("/oauth/token", post(account::token))
+            .route("/api/accounts/deviceauth/usercode", post(login::device))
+            .route("/api/accounts/deviceauth/token", post(login::device_token))
             .route(
                 "/backend-api/codex/responses",
                 post(http::create).get(websocket::accept),
@@ -140,14 +143,32 @@ impl Upstream {
         Account::of(&self.shared, name)
     }
 
+    /// From now on devices get no codes.
+    pub fn no_devices(&self) {
+        self.shared.change(|state| state.no_devices = true);
+    }
+
     /// Queues a fault.
     pub fn fault(&self, fault: Fault) {
         self.shared.change(|state| state.faults.push(fault));
     }
 
+    /// Forgets what is left of a fault that was queued.
+    pub fn no_fault(&self, fault: &Fault) {
+        let same = |left: &Fault| left.kind == fault.kind && left.account == fault.account;
+        self.shared
+            .change(|state| state.faults.retain(|left| !same(left)));
+    }
+
     /// Forgets the faults that are left.
     pub fn no_faults(&self) {
         self.shared.change(|state| state.faults.clear());
+    }
+
+    /// From now on an account's usage document is silent until it is released, each time.
+    pub fn hold_usage(&self, account: &str) {
+        self.shared
+            .change(|state| state.usage_held.insert(account.to_owned()));
     }
 
     /// Lets responses that a fault keeps silent now go on.

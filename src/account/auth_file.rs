@@ -10,7 +10,7 @@ use super::{
     claims::{self, Claims},
 };
 
-/// A login as the Codex CLI leaves it. It does not print.
+/// A login, as the Codex CLI leaves it in a file or as upstream has just issued it. It does not print.
 pub struct AuthFile {
     pub(super) tokens: Tokens,
     pub(super) claims: Claims,
@@ -69,21 +69,43 @@ impl AuthFile {
         };
         let mut claims = tokens.claims();
         claims.chatgpt_account_id = find("account_id", "accountId").or(claims.chatgpt_account_id);
-        if claims.chatgpt_account_id.is_none()
-            && claims.chatgpt_user_id.is_none()
-            && claims.email.is_none()
-        {
-            return Err(AuthFileError::Anonymous);
-        }
         let issued = file
             .get("last_refresh")
             .or_else(|| file.get("lastRefreshAt"))
             .and_then(Value::as_str);
-        Ok(Self {
+        Self {
             tokens,
             claims,
             refreshed_at: issued.and_then(|text| text.parse().ok()),
-        })
+        }
+        .named()
+    }
+
+    /// The login of tokens that upstream has just issued.
+    ///
+    /// # Errors
+    /// [`AuthFileError::Anonymous`].
+    pub fn issued(tokens: Tokens) -> Result<Self, AuthFileError> {
+        let claims = tokens.claims();
+        Self {
+            tokens,
+            claims,
+            refreshed_at: None,
+        }
+        .named()
+    }
+
+    fn named(self) -> Result<Self, AuthFileError> {
+        let Claims {
+            email,
+            chatgpt_account_id,
+            chatgpt_user_id,
+            ..
+        } = &self.claims;
+        match (chatgpt_account_id, chatgpt_user_id, email) {
+            (None, None, None) => Err(AuthFileError::Anonymous),
+            _ => Ok(self),
+        }
     }
 }
 

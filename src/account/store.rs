@@ -1,17 +1,24 @@
-//! Statements of `accounts`, `account_credentials`, `account_models` and `sticky_sessions`. Secrets come and go sealed.
+//! Statements of `accounts`, `account_credentials`, `account_models`, `plan_sightings` and `sticky_sessions`. Secrets come and go sealed.
 //!
 //! Whoever changes a credential or a life cycle locks the row of `accounts` first, so that a generation that was read under the lock holds.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio_postgres::Row;
+use uuid::Uuid;
 
-use super::sticky::Key;
+use super::{
+    merge::{self, Who},
+    sticky::Key,
+};
 use crate::{
     bus::{self, Topic},
-    db::{Connection, Db, Error, LockClass},
+    db::{Connection, Db, Error, LockClass, dependents},
     ids::{AccountId, ScopeId},
     routing::Lifecycle,
     statements,
@@ -29,38 +36,56 @@ statements! { "account";
         select account_id, status, plan_type, email_sealed, label, status_reason, created_at, refreshed_at, access_expires_at
         from accounts join account_credentials using (account_id) order by account_id";
 
-    /// A plain read of one statement, hence of one moment: tokens and generation belong together.
+    /// A plain read of one statement, hence of one moment: tokens and generation belong together. Of a row that was merged away, what it was
+    /// merged into.
     CREDENTIAL: [UUID] = "
-        select status, chatgpt_account_id, generation, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at
-        from accounts join account_credentials using (account_id) where account_id = $1";
+        select status, chatgpt_account_id, generation, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at, account_id
+        from accounts join account_credentials using (account_id)
+        where account_id = coalesce((select to_id from account_merges where from_id = $1), $1)";
 
-    /// Serialises imports of one workspace, also while the row that they would lock is not there.
-    LOCK_SEAT: [INT4, INT4] = "select pg_advisory_xact_lock($1, $2)";
+    /// A plain read: which rows are others now. There are as many as there were logins that merged.
+    MERGES: [] = "select from_id, to_id from account_merges";
 
-    /// Under `LOCK_SEAT`. Without a user id only the e-mail tells two seats of a workspace apart.
-    FIND_SEAT: [TEXT, TEXT, BYTEA] = "
-        select account_id from accounts
-        where chatgpt_account_id is not distinct from $1 and chatgpt_user_id is not distinct from $2
-            and ($2 is not null or email_hash is not distinct from $3)
-        order by account_id limit 1 for no key update";
+    /// Serialises logins that could be of one seat or address, also while the row that they would lock is not there.
+    LOCK: [INT4, INT4] = "select pg_advisory_xact_lock($1, $2)";
 
-    /// Under `LOCK_SEAT` and the row lock of `FIND_SEAT`. A new login ends whatever was wrong with the old one.
-    SAVE_ACCOUNT: [UUID, TEXT, TEXT, BYTEA, BYTEA, TEXT, TEXT] = "
-        insert into accounts as known (account_id, chatgpt_account_id, chatgpt_user_id, email_sealed, email_hash, label, plan_type)
-        values ($1, $2, $3, $4, $5, $6, coalesce($7, 'unknown'))
+    /// Under the locks of the login: who else logs in as this seat waits for them. The row that a login is meant for ($4) is among them.
+    ROWS: [TEXT, BYTEA, TEXT, UUID] = "
+        select account_id, chatgpt_account_id, chatgpt_user_id, email_hash, created_at from accounts
+        where chatgpt_account_id = $1 or email_hash = $2 or (chatgpt_account_id is null and chatgpt_user_id = $3) or account_id = $4";
+
+    /// What an account is now.
+    CANONICAL: [UUID] = "select coalesce((select to_id from account_merges where from_id = $1), $1)";
+
+    /// What is about to be replaced or merged away, in the order of ids. A row that was deleted meanwhile is not among them.
+    HOLD: [UUID_ARRAY] = "
+        select account_id, label, chatgpt_user_id,
+            (select generation from account_credentials c where c.account_id = a.account_id)
+        from accounts a where account_id = any($1) order by account_id for update";
+
+    /// After everything that depends on the row was moved; both rows are locked.
+    MERGED: [UUID, UUID] = "insert into account_merges (from_id, to_id) values ($1, $2)";
+
+    /// Under the locks of the login and of `HOLD`. A new login ends whatever was wrong with the old one.
+    SAVE_ACCOUNT: [UUID, TEXT, TEXT, BYTEA, BYTEA, TEXT, TEXT, UUID] = "
+        insert into accounts as known
+            (account_id, chatgpt_account_id, chatgpt_user_id, email_sealed, email_hash, label, plan_type, beside)
+        values ($1, $2, $3, $4, $5, $6, coalesce($7, 'unknown'), $8)
         on conflict (account_id) do update
-        set email_sealed = coalesce($4, known.email_sealed), email_hash = coalesce($5, known.email_hash),
-            label = coalesce($6, known.label), plan_type = coalesce($7, known.plan_type), status = 'active', status_reason = null,
+        set chatgpt_account_id = coalesce($2, known.chatgpt_account_id), chatgpt_user_id = coalesce($3, known.chatgpt_user_id),
+            email_sealed = coalesce($4, known.email_sealed), email_hash = coalesce($5, known.email_hash),
+            label = coalesce($6, known.label), plan_type = coalesce($7, known.plan_type), beside = $8, status = 'active',
+            status_reason = null,
             status_changed_at = case when known.status = 'active' then known.status_changed_at else clock_timestamp() end
         returning label, plan_type";
 
-    /// After `SAVE_ACCOUNT` in its transaction. Tokens are never from the future.
-    SAVE_CREDENTIAL: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ, TIMESTAMPTZ] = "
+    /// After `SAVE_ACCOUNT` in its transaction. Tokens are never from the future. The generation is above that of every row that was merged.
+    SAVE_CREDENTIAL: [UUID, BYTEA, BYTEA, BYTEA, TIMESTAMPTZ, TIMESTAMPTZ, INT8] = "
         insert into account_credentials as known
-            (account_id, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at)
-        values ($1, $2, $3, $4, $5, least($6, clock_timestamp()))
+            (account_id, access_sealed, refresh_sealed, id_sealed, access_expires_at, refreshed_at, generation)
+        values ($1, $2, $3, $4, $5, least($6, clock_timestamp()), $7)
         on conflict (account_id) do update
-        set generation = known.generation + 1, access_sealed = excluded.access_sealed, refresh_sealed = excluded.refresh_sealed,
+        set generation = excluded.generation, access_sealed = excluded.access_sealed, refresh_sealed = excluded.refresh_sealed,
             id_sealed = excluded.id_sealed, access_expires_at = excluded.access_expires_at, refreshed_at = excluded.refreshed_at";
 
     /// What a change of the life cycle or the credential is decided on; the next statements see what this one waited for.
@@ -80,9 +105,56 @@ statements! { "account";
     /// Under `LOCK_ACCOUNT`.
     SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type <> $2";
 
+    /// Locks the account; what was named before is read under that lock.
+    SIGHTING: [UUID] = "
+        select a.plan_type, p.plan_type, p.seen_at from accounts a left join plan_sightings p using (account_id)
+        where account_id = $1 for no key update of a";
+
+    /// Under `SIGHTING`. The first sighting of a plan counts.
+    SEE_PLAN: [UUID, TEXT] = "
+        insert into plan_sightings as known (account_id, plan_type, seen_at) values ($1, $2, clock_timestamp())
+        on conflict (account_id) do update set plan_type = excluded.plan_type, seen_at = excluded.seen_at
+        where known.plan_type <> excluded.plan_type or known.seen_at < clock_timestamp() - interval '1 day'";
+
+    /// Under `SIGHTING`.
+    FORGET_SIGHTING: [UUID] = "delete from plan_sightings where account_id = $1";
+
     /// Under `LOCK_ACCOUNT`.
     SET_STATUS: [UUID, TEXT, TEXT] = "
         update accounts set status = $2, status_reason = $3, status_changed_at = clock_timestamp() where account_id = $1";
+
+    /// Of racing claimants one inserts or finds the claim over; the claim of an account that was merged away is nobody's.
+    CLAIM: [UUID, UUID, FLOAT8] = "
+        insert into refresh_claims as known (account_id, claimed_by, claimed_until)
+        select account_id, $2, clock_timestamp() + make_interval(secs => $3) from accounts where account_id = $1
+        on conflict (account_id) do update set claimed_by = excluded.claimed_by, claimed_until = excluded.claimed_until
+        where known.claimed_until < clock_timestamp()";
+
+    /// A plain read, after `CLAIM` has failed. Nil: nobody, but the last exchange has failed a moment ago.
+    CLAIM_HOLDER: [UUID] = "select claimed_by from refresh_claims where account_id = $1 and claimed_until >= clock_timestamp()";
+
+    /// Only the holder's, and only while nobody else has taken it.
+    RENEW_CLAIM: [UUID, UUID, FLOAT8] = "
+        update refresh_claims set claimed_until = clock_timestamp() + make_interval(secs => $3)
+        where account_id = $1 and claimed_by = $2";
+
+    /// Whoever has taken it over keeps it.
+    UNCLAIM: [UUID, UUID] = "delete from refresh_claims where account_id = $1 and claimed_by = $2";
+
+    /// As `UNCLAIM`. The guardian waits 5, 10, 20 minutes, and so on up to an hour.
+    UNCLAIM_FAILED: [UUID, UUID, FLOAT8] = "
+        update refresh_claims set claimed_by = '00000000-0000-0000-0000-000000000000', failures = failures + 1,
+            claimed_until = clock_timestamp() + make_interval(secs => $3),
+            retry_at = clock_timestamp() + make_interval(mins => least(60, 5 * 2 ^ least(failures, 10))::int)
+        where account_id = $1 and claimed_by = $2";
+
+    /// A plain read: whoever refreshes looks again.
+    DUE: [FLOAT8, FLOAT8] = "
+        select account_id from accounts join account_credentials using (account_id) left join refresh_claims c using (account_id)
+        where status in ('active', 'paused') and coalesce(c.retry_at < clock_timestamp(), true)
+            and (access_expires_at < clock_timestamp() + make_interval(secs => $1)
+                or refreshed_at < clock_timestamp() - make_interval(secs => $2))
+        order by refreshed_at limit 100";
 
     /// Locks the account, then what depends on it.
     DELETE: [UUID] = "delete from accounts where account_id = $1";
@@ -117,13 +189,22 @@ pub(super) struct SealedTokens {
     pub(super) access_expires_at: Option<Timestamp>,
 }
 
-/// A row of `accounts` to be written.
+/// A row of `accounts` to be written; what is `None` stays as it is.
 pub(super) struct NewAccount<'a> {
-    pub(super) chatgpt_account_id: Option<&'a str>,
-    pub(super) chatgpt_user_id: Option<&'a str>,
-    pub(super) email_hash: Option<&'a [u8]>,
+    pub(super) id: AccountId,
+    pub(super) who: &'a Who,
+    pub(super) email_sealed: Option<&'a [u8]>,
     pub(super) label: Option<&'a str>,
     pub(super) plan: Option<&'a str>,
+    pub(super) beside: bool,
+}
+
+/// A row that is about to be replaced or merged away.
+pub(super) struct HeldRow {
+    pub(super) id: AccountId,
+    pub(super) label: Option<String>,
+    pub(super) user: Option<String>,
+    pub(super) generation: i64,
 }
 
 /// A status of a newer release is not ours to use.
@@ -153,52 +234,92 @@ pub(super) async fn credential(db: &Db, id: AccountId) -> Result<Option<Row>, Er
     db.opt(&CREDENTIAL, &[&id]).await
 }
 
-/// Locks the seat; yields its account, if it has one, locked as well.
-pub(super) async fn lock_seat(
+pub(super) async fn merges(db: &Db) -> Result<HashMap<AccountId, AccountId>, Error> {
+    let rows = db.all(&MERGES, &[]).await?;
+    let pair = |row: &Row| Ok((row.try_get(0)?, row.try_get(1)?));
+    rows.iter().map(pair).collect()
+}
+
+pub(super) async fn advisory(tx: &Connection, class: LockClass, key: i32) -> Result<(), Error> {
+    tx.all(&LOCK, &[&(class as i32), &key]).await.map(drop)
+}
+
+pub(super) async fn canonical(tx: &Connection, id: AccountId) -> Result<AccountId, Error> {
+    Ok(tx.one(&CANONICAL, &[&id]).await?.try_get(0)?)
+}
+
+/// Every row that could be a login's, and the row that it is meant for.
+pub(super) async fn rows(
     tx: &Connection,
-    lock: i32,
-    account: &NewAccount<'_>,
-) -> Result<Option<AccountId>, Error> {
-    tx.all(&LOCK_SEAT, &[&(LockClass::Seat as i32), &lock])
+    who: &Who,
+    target: Option<AccountId>,
+) -> Result<Vec<merge::Row>, Error> {
+    let rows = tx
+        .all(&ROWS, &[&who.workspace, &who.email, &who.user, &target])
         .await?;
-    let row = tx
-        .opt(
-            &FIND_SEAT,
-            &[
-                &account.chatgpt_account_id,
-                &account.chatgpt_user_id,
-                &account.email_hash,
-            ],
-        )
-        .await?;
-    Ok(row.map(|row| row.try_get(0)).transpose()?)
+    let read = |row: &Row| {
+        Ok(merge::Row {
+            id: row.try_get(0)?,
+            who: Who {
+                workspace: row.try_get(1)?,
+                user: row.try_get(2)?,
+                email: row.try_get(3)?,
+            },
+            created_at: row.try_get(4)?,
+        })
+    };
+    rows.iter().map(read).collect()
+}
+
+/// Locks rows; yields those that are still there, in the order of `ids`.
+pub(super) async fn hold(tx: &Connection, ids: &[AccountId]) -> Result<Vec<HeldRow>, Error> {
+    let rows = tx.all(&HOLD, &[&ids]).await?;
+    let read = |row: &Row| {
+        Ok(HeldRow {
+            id: row.try_get(0)?,
+            label: row.try_get(1)?,
+            user: row.try_get(2)?,
+            generation: row.try_get::<_, Option<i64>>(3)?.unwrap_or(0),
+        })
+    };
+    let mut held: Vec<HeldRow> = rows.iter().map(read).collect::<Result<_, Error>>()?;
+    held.sort_by_key(|row| ids.iter().position(|id| *id == row.id));
+    Ok(held)
+}
+
+/// Merges one held row into another.
+pub(super) async fn merge(tx: &Connection, from: AccountId, to: AccountId) -> Result<(), Error> {
+    dependents::repoint(tx, from, to).await?;
+    tx.exec(&MERGED, &[&from, &to]).await?;
+    tx.exec(&DELETE, &[&from]).await.map(drop)
 }
 
 /// Yields the label and the plan that are stored now.
 pub(super) async fn save_account(
     tx: &Connection,
-    id: AccountId,
     account: &NewAccount<'_>,
-    email_sealed: Option<&[u8]>,
 ) -> Result<(Option<String>, String), Error> {
     let NewAccount {
-        chatgpt_account_id,
-        chatgpt_user_id,
-        email_hash,
+        id,
+        who,
+        email_sealed,
         label,
         plan,
+        beside,
     } = account;
+    let beside = if *beside { id.0 } else { Uuid::nil() };
     let row = tx
         .one(
             &SAVE_ACCOUNT,
             &[
-                &id,
-                chatgpt_account_id,
-                chatgpt_user_id,
-                &email_sealed,
-                email_hash,
+                id,
+                &who.workspace,
+                &who.user,
+                email_sealed,
+                &who.email,
                 label,
                 plan,
+                &beside,
             ],
         )
         .await?;
@@ -210,6 +331,7 @@ pub(super) async fn save_credential(
     id: AccountId,
     tokens: &SealedTokens,
     refreshed_at: Timestamp,
+    generation: i64,
 ) -> Result<(), Error> {
     let SealedTokens {
         access,
@@ -226,6 +348,7 @@ pub(super) async fn save_credential(
             id_token,
             access_expires_at,
             &refreshed_at,
+            &generation,
         ],
     )
     .await
@@ -258,7 +381,7 @@ pub(super) async fn rotate(
         access_expires_at,
     } = tokens;
     if let Some(plan) = plan {
-        tx.exec(&SET_PLAN, &[&id, &plan]).await?;
+        set_plan(tx, id, plan).await?;
     }
     let row = tx
         .one(
@@ -267,6 +390,33 @@ pub(super) async fn rotate(
         )
         .await?;
     Ok(row.try_get(0)?)
+}
+
+/// A plan and what was named against it, when.
+pub(super) type Sighting = (String, Option<(String, Timestamp)>);
+
+/// Locks an account; yields its plan and what was named against it. `None` if there is no such account.
+pub(super) async fn sighting(tx: &Connection, id: AccountId) -> Result<Option<Sighting>, Error> {
+    let Some(row) = tx.opt(&SIGHTING, &[&id]).await? else {
+        return Ok(None);
+    };
+    let (named, seen_at): (Option<String>, Option<Timestamp>) = (row.try_get(1)?, row.try_get(2)?);
+    Ok(Some((row.try_get(0)?, named.zip(seen_at))))
+}
+
+/// Of an account that `sighting` locked.
+pub(super) async fn see_plan(tx: &Connection, id: AccountId, named: &str) -> Result<(), Error> {
+    tx.exec(&SEE_PLAN, &[&id, &named]).await.map(drop)
+}
+
+/// Of an account that `sighting` locked.
+pub(super) async fn forget_sighting(tx: &Connection, id: AccountId) -> Result<(), Error> {
+    tx.exec(&FORGET_SIGHTING, &[&id]).await.map(drop)
+}
+
+/// Of a locked account.
+pub(super) async fn set_plan(tx: &Connection, id: AccountId, plan: &str) -> Result<(), Error> {
+    tx.exec(&SET_PLAN, &[&id, &plan]).await.map(drop)
 }
 
 /// Of a locked account.
@@ -281,9 +431,58 @@ pub(super) async fn set_status(
         .map(drop)
 }
 
+pub(super) async fn claim(db: &Db, id: AccountId, me: Uuid, time: Duration) -> Result<bool, Error> {
+    db.exec(&CLAIM, &[&id, &me, &time.as_secs_f64()])
+        .await
+        .map(|rows| rows == 1)
+}
+
+pub(super) async fn claim_holder(db: &Db, id: AccountId) -> Result<Option<Uuid>, Error> {
+    let row = db.opt(&CLAIM_HOLDER, &[&id]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
+pub(super) async fn renew_claim(
+    db: &Db,
+    id: AccountId,
+    claim: Uuid,
+    time: Duration,
+) -> Result<(), Error> {
+    db.exec(&RENEW_CLAIM, &[&id, &claim, &time.as_secs_f64()])
+        .await
+        .map(drop)
+}
+
+pub(super) async fn unclaim(db: &Db, id: AccountId, claim: Uuid) -> Result<(), Error> {
+    db.exec(&UNCLAIM, &[&id, &claim]).await.map(drop)
+}
+
+pub(super) async fn unclaim_failed(
+    db: &Db,
+    id: AccountId,
+    claim: Uuid,
+    pause: Duration,
+) -> Result<(), Error> {
+    db.exec(&UNCLAIM_FAILED, &[&id, &claim, &pause.as_secs_f64()])
+        .await
+        .map(drop)
+}
+
+pub(super) async fn due(db: &Db, lead: Duration, age: Duration) -> Result<Vec<AccountId>, Error> {
+    let rows = db
+        .all(&DUE, &[&lead.as_secs_f64(), &age.as_secs_f64()])
+        .await?;
+    rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+}
+
 /// Whether there was such an account.
 pub(super) async fn delete(tx: &Connection, id: AccountId) -> Result<bool, Error> {
-    tx.exec(&DELETE, &[&id]).await.map(|rows| rows == 1)
+    let there = lock(tx, id).await?.is_some();
+    if there {
+        dependents::forget(tx, id).await?;
+        tx.exec(&DELETE, &[&id]).await?;
+    }
+    Ok(there)
 }
 
 pub(super) async fn save_models(db: &Db, id: AccountId, models: &Value) -> Result<(), Error> {

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Serialize;
 
-use super::{Grants, store, text};
+use super::{Change, Grants, store, text};
 use crate::{
     bus::{self, Topic},
     db::{self, Db},
@@ -124,6 +124,22 @@ pub async fn rotate(db: &Db, pepper: &Pepper, id: ApiKeyId) -> Result<Created, E
     }
     bus::commit(tx, &[Topic::ApiKeys]).await?;
     Ok(Created { key, secret })
+}
+
+/// Changes what a key may do; kinds that stay as they are keep what a newer release may have written.
+///
+/// # Errors
+/// [`Error::NotFound`] or [`Error::Revoked`].
+pub async fn grant(db: &Db, id: ApiKeyId, change: &Change) -> Result<Listed, Error> {
+    let tx = db.begin().await?;
+    let key = store::grant(&tx, id, &change.set(), &change.cleared())
+        .await?
+        .ok_or(Error::NotFound)?;
+    if key.revoked_at.is_some() {
+        return Err(Error::Revoked);
+    }
+    bus::commit(tx, &[Topic::ApiKeys]).await?;
+    Ok(key)
 }
 
 /// Takes a key back, for good. A key that was taken back before stays as it is.

@@ -1,5 +1,7 @@
 //! Statements of `api_keys`.
 
+use std::time::Duration;
+
 use tokio_postgres::{Row, types::Json};
 
 use super::{Grants, Key, Listed, NewKey};
@@ -9,10 +11,23 @@ use crate::{
     statements,
 };
 
+/// The grants without accounts that are gone: what names none but such still lets none.
+macro_rules! grants {
+    () => {
+        "case jsonb_typeof(grants->'accounts') when 'array' then jsonb_set(grants, '{accounts}', (
+            select coalesce(jsonb_agg(id), '[]') from jsonb_array_elements(grants->'accounts') as id
+            where id in (select to_jsonb(account_id) from accounts))) else grants end"
+    };
+}
+
 /// Columns of a [`Listed`].
 macro_rules! listed {
     () => {
-        "api_key_id, scope_id, name, prefix, grants, created_at, expires_at, revoked_at, last_used_at"
+        concat!(
+            "api_key_id, scope_id, name, prefix, ",
+            grants!(),
+            ", created_at, expires_at, revoked_at, last_used_at"
+        )
     };
 }
 
@@ -35,11 +50,27 @@ statements! { "api_key";
     REVOKE: [UUID] = concat!("
         update api_keys set revoked_at = coalesce(revoked_at, clock_timestamp()) where api_key_id = $1 returning ", listed!());
 
+    /// Serialises with other changes on the row; what a newer release has granted stays.
+    GRANT: [UUID, JSONB, TEXT_ARRAY] = concat!("
+        update api_keys set grants = (grants || $2) - $3 where api_key_id = $1 returning ", listed!());
+
     /// A plain read.
     LIST: [] = concat!("select ", listed!(), " from api_keys order by created_at, api_key_id");
 
-    /// A plain read; the version was read before it.
-    LOAD: [] = "select hash, api_key_id, scope_id, name, grants, expires_at, revoked_at is not null from api_keys";
+    /// A plain read; the versions of keys and of accounts were read before it.
+    LOAD: [] = concat!("
+        select hash, api_key_id, scope_id, name, ", grants!(), ", expires_at, revoked_at is not null from api_keys");
+
+    /// Of concurrent claims one moves the row; the others wait for it and find it moved. The outer read sees the row as it was before.
+    CLAIM_REFRESH: [UUID, FLOAT8] = "
+        with claimed as (
+            update api_keys set refreshed_at = clock_timestamp()
+            where api_key_id = $1 and coalesce(refreshed_at <= clock_timestamp() - make_interval(secs => $2), true)
+            returning 1
+        )
+        select exists (select from claimed),
+            extract(epoch from refreshed_at + make_interval(secs => $2) - clock_timestamp())::float8
+        from api_keys where api_key_id = $1";
 
     /// Information for people: concurrent writers differ by seconds. Rows in order of their ids, so that two replicas cannot deadlock.
     TOUCH: [UUID_ARRAY] = "
@@ -88,12 +119,42 @@ pub(super) async fn revoke(connection: &Connection, id: ApiKeyId) -> Result<Opti
     row.as_ref().map(listed).transpose()
 }
 
+/// Sets the kinds of grants in `set`, and takes the restriction of those in `clear` away.
+pub(super) async fn grant(
+    connection: &Connection,
+    id: ApiKeyId,
+    set: &Grants,
+    clear: &[&str],
+) -> Result<Option<Listed>, Error> {
+    let row = connection.opt(&GRANT, &[&id, &Json(set), &clear]).await?;
+    row.as_ref().map(listed).transpose()
+}
+
 pub(super) async fn list(db: &Db) -> Result<Vec<Listed>, Error> {
     db.all(&LIST, &[]).await?.iter().map(listed).collect()
 }
 
 pub(super) async fn load(db: &Db) -> Result<Vec<(Vec<u8>, Key)>, Error> {
     db.all(&LOAD, &[]).await?.iter().map(key).collect()
+}
+
+/// Yields how long to wait; `None` if the refresh is the caller's.
+pub(super) async fn claim_refresh(
+    db: &Db,
+    id: ApiKeyId,
+    every: Duration,
+) -> Result<Option<Duration>, Error> {
+    let row = db.opt(&CLAIM_REFRESH, &[&id, &every.as_secs_f64()]).await?;
+    let Some(row) = row else {
+        return Ok(Some(every));
+    };
+    if row.try_get(0)? {
+        return Ok(None);
+    }
+    // A claim that was lost to one of the same moment has read the row of before.
+    let left = row.try_get::<_, Option<f64>>(1)?.unwrap_or_default();
+    let left = Duration::try_from_secs_f64(left).unwrap_or_default();
+    Ok(Some(if left.is_zero() { every } else { left }))
 }
 
 pub(super) async fn touch(db: &Db, used: &[ApiKeyId]) -> Result<(), Error> {

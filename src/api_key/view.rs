@@ -1,4 +1,4 @@
-//! Every key in memory, as of a version of the bus.
+//! Every key in memory, as of a version of the bus. Grants name accounts, so the versions of these count, too.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -43,9 +43,30 @@ struct Inner {
 }
 
 struct View {
-    /// The keys are at least as new as this version of the topic.
-    version: i64,
+    /// The keys are at least as new as this.
+    version: Version,
     keys: HashMap<[u8; 32], Arc<Key>>,
+}
+
+/// Of the keys, and of the accounts that grants name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Version {
+    keys: i64,
+    accounts: i64,
+}
+
+impl Version {
+    fn now(bus: &Bus) -> Self {
+        Self {
+            keys: bus.version(Topic::ApiKeys),
+            accounts: bus.version(Topic::Accounts),
+        }
+    }
+
+    /// Whether what was read at this version can replace what was read at the other.
+    fn is_newer(self, other: Self) -> bool {
+        self != other && self.keys >= other.keys && self.accounts >= other.accounts
+    }
 }
 
 /// The last time an unknown key made us look.
@@ -112,6 +133,18 @@ impl ApiKeys {
         Ok(Arc::clone(key))
     }
 
+    /// Claims a refresh of a key's accounts, of which it may have one in `every`, on whichever replica. Yields how long to wait if it may not.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn claim_refresh(
+        &self,
+        id: ApiKeyId,
+        every: Duration,
+    ) -> Result<Option<Duration>, Error> {
+        store::claim_refresh(&self.0.db, id, every).await
+    }
+
     /// Whether a key was ever created; revoked ones count.
     #[must_use]
     pub fn any_created(&self) -> bool {
@@ -151,7 +184,7 @@ impl ApiKeys {
         let began = Instant::now();
         let result = async {
             self.0.bus.refresh().await?;
-            if self.0.bus.version(Topic::ApiKeys) > self.0.view.borrow().version {
+            if self.is_old() {
                 self.reload().await?;
             }
             Ok::<_, Error>(())
@@ -170,7 +203,7 @@ impl ApiKeys {
     async fn reload(&self) -> Result<(), Error> {
         let read = View::read(&self.0.db, &self.0.bus).await?;
         self.0.view.send_if_modified(|view| {
-            let newer = read.version > view.version;
+            let newer = read.version.is_newer(view.version);
             if newer {
                 *view = Arc::new(read);
             }
@@ -180,19 +213,29 @@ impl ApiKeys {
     }
 
     async fn follow(&self) {
-        let mut changes = self.0.bus.subscribe(Topic::ApiKeys);
+        let mut keys = self.0.bus.subscribe(Topic::ApiKeys);
+        let mut accounts = self.0.bus.subscribe(Topic::Accounts);
         loop {
             // First what changed between reading and subscribing.
-            while self.0.view.borrow().version < self.0.bus.version(Topic::ApiKeys) {
+            while self.is_old() {
                 if let Err(error) = self.reload().await {
                     tracing::warn!(%error, "the keys cannot be read");
                     sleep(RETRY).await;
                 }
             }
-            if changes.changed().await.is_none() {
+            let changed = tokio::select! {
+                version = keys.changed() => version,
+                version = accounts.changed() => version,
+            };
+            if changed.is_none() {
                 return;
             }
         }
+    }
+
+    /// Whether the bus knows of something newer than what is in memory.
+    fn is_old(&self) -> bool {
+        Version::now(&self.0.bus).is_newer(self.0.view.borrow().version)
     }
 
     fn used(&self) -> std::sync::MutexGuard<'_, HashSet<ApiKeyId>> {
@@ -211,7 +254,7 @@ impl fmt::Debug for ApiKeys {
 impl View {
     /// First the version, then the rows.
     async fn read(db: &Db, bus: &Bus) -> Result<Self, Error> {
-        let version = bus.version(Topic::ApiKeys);
+        let version = Version::now(bus);
         let mut keys = HashMap::new();
         for (hash, key) in store::load(db).await? {
             if let Ok(hash) = hash.try_into() {

@@ -1,6 +1,8 @@
 //! `drawbridge accounts`: the operator's hand on the pool. An account is named by its label, by its e-mail address, by
 //! its id, or by the start of its id.
 
+mod login;
+
 use std::{
     fs::File,
     io::Read,
@@ -16,15 +18,20 @@ use zeroize::Zeroizing;
 
 use super::Context;
 use crate::{
-    account::{Accounts, AuthFile, Imported, Listed},
+    account::{
+        Accounts, Imported, Listed,
+        export::{self, Entry},
+        flow::Method,
+        merge::Policy,
+    },
     ids::AccountId,
 };
 
 /// Digits of an id that name an account at least.
 const PREFIX: usize = 8;
 
-/// No auth.json is larger.
-const LARGEST: u64 = 1024 * 1024;
+/// No file of logins is larger.
+const LARGEST: u64 = 16 * 1024 * 1024;
 
 /// What a person should know after an import.
 const AFTER_IMPORT: &str = r#"
@@ -36,10 +43,28 @@ once only, so whoever comes second is logged out. To make a login for Drawbridge
 /// Import and manage upstream accounts
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
-    /// Store a login of the Codex CLI; a known seat gets the new tokens and is active again
+    /// Store a login of the Codex CLI, or those of a codex-lb export; a known seat gets the new tokens and is active again
     Import {
-        /// The auth.json, or - for standard input
+        /// The auth.json or the export, or - for standard input
         file: PathBuf,
+        /// A name of your own for the account; of an export with several, each keeps its own
+        #[arg(long)]
+        label: Option<String>,
+        /// Keep what is stored of the seat, and store this login beside it; the seat's next login merges them
+        #[arg(long)]
+        side_by_side: bool,
+        /// Also replace an account of the same e-mail address, if it could be the same seat
+        #[arg(long)]
+        merge_email: bool,
+    },
+    /// Log an account in, for Drawbridge alone: by a code to type in, or with --browser
+    Login {
+        /// Log in with a browser, on any machine, and paste the address that it ends at
+        #[arg(long)]
+        browser: bool,
+        /// Renew the login of this account; nothing changes if the login is another seat's
+        #[arg(long, value_name = "ACCOUNT")]
+        account: Option<String>,
         /// A name of your own for the account
         #[arg(long)]
         label: Option<String>,
@@ -74,13 +99,39 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
         context.installation.pepper.clone(),
     );
     let (id, done) = match command {
-        AccountsCommand::Import { file, label } => {
+        AccountsCommand::Import {
+            file,
+            label,
+            side_by_side,
+            merge_email,
+        } => {
             let label = label
                 .as_deref()
                 .map(str::trim)
                 .filter(|label| !label.is_empty());
-            let imported = accounts.import(&read(&file)?, label).await?;
-            return print(context, &imported, || told(&imported));
+            let policy = Policy {
+                by_seat: !side_by_side,
+                by_email: merge_email,
+            };
+            let entries = export::read(&read(&file)?)
+                .with_context(|| format!("cannot import {}", file.display()))?;
+            return import(context, &accounts, policy, entries, label).await;
+        }
+        AccountsCommand::Login {
+            browser,
+            account,
+            label,
+        } => {
+            let wanted = match account {
+                Some(account) => Some(find(&accounts.list().await?, &account)?),
+                None => None,
+            };
+            let method = if browser {
+                Method::Browser
+            } else {
+                Method::Device
+            };
+            return login::run(method, wanted, label.as_deref(), &accounts, context).await;
         }
         AccountsCommand::List => {
             let listed = accounts.list().await?;
@@ -107,7 +158,7 @@ pub(super) async fn run(command: AccountsCommand, context: &Context) -> anyhow::
     })
 }
 
-fn read(path: &Path) -> anyhow::Result<AuthFile> {
+fn read(path: &Path) -> anyhow::Result<Zeroizing<Vec<u8>>> {
     let source: Box<dyn Read> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
     } else {
@@ -118,11 +169,93 @@ fn read(path: &Path) -> anyhow::Result<AuthFile> {
         .take(LARGEST)
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    AuthFile::parse(&content).with_context(|| format!("cannot import {}", path.display()))
+    Ok(content)
+}
+
+/// An entry of a file that was stored.
+#[derive(Serialize)]
+struct Taken {
+    /// From 1, in the order of the file.
+    entry: usize,
+    #[serde(flatten)]
+    imported: Imported,
+    /// What was set there and is not taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left: Vec<&'static str>,
+}
+
+/// An entry of a file that was not.
+#[derive(Serialize)]
+struct Refused {
+    entry: usize,
+    why: String,
+}
+
+/// Stores each entry whole or not at all, and says what became of it.
+///
+/// # Errors
+/// If anything was not stored.
+async fn import(
+    context: &Context,
+    accounts: &Accounts,
+    policy: Policy,
+    entries: Vec<Entry>,
+    label: Option<&str>,
+) -> anyhow::Result<()> {
+    let count = entries.len();
+    if count > 1 && label.is_some() {
+        bail!("a label is for one account; this file has {count}");
+    }
+    let mut entries: Vec<(usize, Entry)> = (1..).zip(entries).collect();
+    entries.sort_by_key(|(_, entry)| entry.issued());
+    let (mut taken, mut refused) = (Vec::new(), Vec::new());
+    for (entry, read) in entries {
+        let stored = match &read.login {
+            Ok(login) => {
+                let label = label.or(read.label.as_deref());
+                let stored = accounts.import_by(policy, login, label).await;
+                stored.map_err(|error| error.to_string())
+            }
+            Err(why) => Err(why.to_string()),
+        };
+        match stored {
+            Ok(imported) => taken.push(Taken {
+                entry,
+                imported,
+                left: read.left,
+            }),
+            Err(why) => refused.push(Refused { entry, why }),
+        }
+    }
+    match (&taken[..], &refused[..]) {
+        ([], [Refused { why, .. }]) => bail!("nothing was imported: {why}"),
+        ([one], []) => return print(context, one, || told(one)),
+        _ => {}
+    }
+    taken.sort_by_key(|taken| taken.entry);
+    refused.sort_by_key(|refused| refused.entry);
+    print(
+        context,
+        &json!({ "imported": taken, "refused": refused }),
+        || {
+            let taken = taken
+                .iter()
+                .map(|one| format!("{}: {}", one.entry, line(one)));
+            let refused = refused
+                .iter()
+                .map(|Refused { entry, why }| format!("{entry}: not imported: {why}"));
+            let lines: Vec<String> = taken.chain(refused).collect();
+            format!("{}\n{AFTER_IMPORT}", lines.join("\n"))
+        },
+    )?;
+    match refused.len() {
+        0 => Ok(()),
+        some => bail!("{some} of {count} entries were not imported"),
+    }
 }
 
 /// The account of that label, else of that e-mail address, that id, or an id that begins so.
-fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
+pub(super) fn find(accounts: &[Listed], name: &str) -> anyhow::Result<AccountId> {
     let digits = |text: &str| text.replace('-', "").to_ascii_lowercase();
     let prefix = digits(name);
     let long_enough = prefix.len() >= PREFIX;
@@ -168,25 +301,38 @@ fn print(
     Ok(())
 }
 
-fn told(imported: &Imported) -> String {
+fn told(taken: &Taken) -> String {
+    format!("{}\n{AFTER_IMPORT}", line(taken))
+}
+
+/// What became of a login.
+fn line(Taken { imported, left, .. }: &Taken) -> String {
     let Imported {
         id,
         created,
+        merged,
         email,
         label,
         plan,
     } = imported;
-    let what = if *created {
-        "imported"
-    } else {
-        "updated: the new tokens replace the old ones"
+    let what = match (created, merged.len()) {
+        (true, _) => "imported".to_owned(),
+        (false, 0) => "updated: the new tokens replace the old ones".to_owned(),
+        (false, 1) => "updated; another account of the same seat is part of it now".to_owned(),
+        (false, others) => {
+            format!("updated; {others} other accounts of the same seat are part of it now")
+        }
     };
     let email = email.as_deref().unwrap_or("no e-mail address");
     let label = label
         .as_ref()
         .map(|label| format!(", {label}"))
         .unwrap_or_default();
-    format!("{id} ({email}, {plan}{label}) {what}\n{AFTER_IMPORT}")
+    let left = match &left[..] {
+        [] => String::new(),
+        left => format!("; not taken: {}", left.join(", ")),
+    };
+    format!("{id} ({email}, {plan}{label}) {what}{left}")
 }
 
 /// One line per account under a heading, columns aligned.

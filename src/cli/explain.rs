@@ -53,11 +53,13 @@ pub(super) async fn run(id: TurnId, context: &Context) -> anyhow::Result<()> {
     let pepper = context.installation.pepper.clone();
     let accounts = Accounts::new(db.clone(), context.ring.clone(), pepper);
     let listed = accounts.list().await?.into_iter();
-    let names = Names(
-        listed
-            .filter_map(|account| Some((account.id, account.label.or(account.email)?)))
-            .collect(),
-    );
+    let mut names: HashMap<AccountId, String> = listed
+        .filter_map(|account| Some((account.id, account.label.or(account.email)?)))
+        .collect();
+    for (from, to) in accounts.merges().await? {
+        names.extend(names.get(&to).cloned().map(|name| (from, name)));
+    }
+    let names = Names(names);
     println!("{}", text(&record, lease.as_ref(), snapshot, &names));
     Ok(())
 }
@@ -203,8 +205,9 @@ fn chosen(request: &Entry, names: &Names) -> String {
         None => "use unknown".to_owned(),
     };
     format!(
-        "{}: {pool}{others}; it had capacity {:.2}, {used}, {} in flight, sticky {}",
+        "{} by {}: {pool}{others}; it had capacity {:.2}, {used}, {} in flight, sticky {}",
         name(&chosen["account"]),
+        explanation["strategy"].as_str().unwrap_or("capacity"),
         chosen["capacity"].as_f64().unwrap_or_default(),
         count(&chosen["in_flight"]),
         chosen["sticky"].as_str().unwrap_or("unknown"),

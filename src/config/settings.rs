@@ -121,6 +121,41 @@ pub struct Settings {
         value_name = "WORD"
     )]
     pub(super) upstream_transport: Option<String>,
+    /// How often upstream is asked what an account has used, where turns do not tell; off = never [default: 60s]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_USAGE_POLL",
+        value_name = "TIME"
+    )]
+    pub(super) usage_poll: Option<String>,
+    /// Sizes of plans relative to plus, where those that are known are wrong: pro=6.67,free=0.15
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_PLAN_WEIGHTS",
+        value_name = "LIST"
+    )]
+    pub(super) plan_weights: Option<String>,
+    /// Which account serves a new conversation: capacity, soonest-reset or round-robin [default: capacity]
+    #[arg(long, global = true, env = "DRAWBRIDGE_ROUTING", value_name = "WORD")]
+    pub(super) routing: Option<String>,
+    /// Turns of this replica at one account at once; 0 = any number [default: 0]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+        value_name = "N"
+    )]
+    pub(super) turns_per_account: Option<String>,
+    /// Further names of models: fast=gpt-5.4-mini
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_MODEL_ALIASES",
+        value_name = "LIST"
+    )]
+    pub(super) model_aliases: Option<String>,
     /// auto (loopback may go without until a key exists) or always [default: auto]
     #[arg(
         long,
@@ -167,9 +202,26 @@ pub struct Settings {
     /// What is kept of finished responses: auto, full or off [default: auto]
     #[arg(long, global = true, env = "DRAWBRIDGE_SNAPSHOTS", value_name = "MODE")]
     pub(super) snapshots: Option<String>,
+    /// Whether no client sees anything of the pool's quota, whatever its key's grants say [default: false]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_HIDE_QUOTA",
+        value_name = "BOOL"
+    )]
+    pub(super) hide_quota: Option<String>,
     /// Sessions at once [default: 4096]
     #[arg(long, global = true, env = "DRAWBRIDGE_MAX_SESSIONS", value_name = "N")]
     pub(super) max_sessions: Option<String>,
+    /// At least 16 characters; opens /api on the admin address to who sends it as a bearer; unset = there is no such API
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_OPERATOR_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true
+    )]
+    pub(super) operator_token: Option<SecretText>,
     /// For tests: multiplies the times of the protocol between replicas, which must all use the same
     #[arg(
         long,
@@ -198,7 +250,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 26] = [
+pub(super) const NAMES: [&str; 33] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -215,6 +267,11 @@ pub(super) const NAMES: [&str; 26] = [
     "DRAWBRIDGE_AUTH_URL",
     "DRAWBRIDGE_CA_FILE",
     "DRAWBRIDGE_UPSTREAM_TRANSPORT",
+    "DRAWBRIDGE_USAGE_POLL",
+    "DRAWBRIDGE_PLAN_WEIGHTS",
+    "DRAWBRIDGE_ROUTING",
+    "DRAWBRIDGE_TURNS_PER_ACCOUNT",
+    "DRAWBRIDGE_MODEL_ALIASES",
     "DRAWBRIDGE_REQUIRE_API_KEY",
     "DRAWBRIDGE_DRAIN_DELAY",
     "DRAWBRIDGE_DRAIN_GRACE",
@@ -222,7 +279,9 @@ pub(super) const NAMES: [&str; 26] = [
     "DRAWBRIDGE_LOG",
     "DRAWBRIDGE_LOG_FORMAT",
     "DRAWBRIDGE_SNAPSHOTS",
+    "DRAWBRIDGE_HIDE_QUOTA",
     "DRAWBRIDGE_MAX_SESSIONS",
+    "DRAWBRIDGE_OPERATOR_TOKEN",
     "DRAWBRIDGE_TEST_TIME_SCALE",
     "DRAWBRIDGE_KEY",
 ];

@@ -48,6 +48,8 @@ pub enum LockClass {
     Email = 4713,
     /// One periodic job.
     Job = 4714,
+    /// One row of `accounts`, where neither of the first two is at stake.
+    Account = 4716,
 }
 
 /// Declares the statements of a store and lists them all in `STATEMENTS`, which a test prepares against the migrated schema.

@@ -50,7 +50,7 @@ async fn models(
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    let entries: Vec<Value> = state
+    let mut entries: Vec<Value> = state
         .upstream
         .models(caller.accounts())
         .into_iter()
@@ -60,6 +60,20 @@ async fn models(
                 .is_some_and(|slug| caller.may_use(slug))
         })
         .collect();
+    let named = |slug: &str| entries.iter().find(|entry| entry["slug"] == slug);
+    // Under its other name a model is what it is.
+    let others: Vec<Value> = state
+        .aliases
+        .iter()
+        .filter(|(alias, _)| named(alias).is_none())
+        .filter_map(|(alias, slug)| {
+            let mut entry = named(slug)?.clone();
+            entry["slug"] = alias.as_str().into();
+            entry["display_name"] = alias.as_str().into();
+            Some(entry)
+        })
+        .collect();
+    entries.extend(others);
     let list: Vec<Value> = entries
         .iter()
         .filter(|entry| entry["visibility"] != "hide")
@@ -108,7 +122,8 @@ pub(super) async fn usage(
         Err(error) => return error.into_response(),
     };
     let now = state.clock.now().as_second();
-    let body = quota::pool_view(&state.upstream.view(), now, caller.accounts()).usage(now);
+    let seen = state.engine.visibility(&caller);
+    let body = quota::pool_view(&state.upstream.view(), now, seen).usage(now, seen);
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 

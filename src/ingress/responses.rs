@@ -125,7 +125,7 @@ async fn ask(
     let caller = gate::authenticate(state, peer, &headers).await?;
     let understood = async {
         let (body, held) = body::read(&headers, body, &state.bytes).await?;
-        let request = parse(body, shape, &headers).await?;
+        let request = parse(state, body, shape, &headers).await?;
         admit(&caller, &request.facts)?;
         Ok((request, held))
     };
@@ -146,17 +146,27 @@ async fn ask(
         turn_state,
         line: None,
         forwarded: None,
+        sent: false,
         held,
         arrived,
     })
 }
 
-async fn parse(body: Bytes, shape: Shape, headers: &HeaderMap) -> Result<Request, ApiError> {
+/// Reads a request, for the model that an alias stands for.
+pub(super) async fn parse(
+    state: &State,
+    body: Bytes,
+    shape: Shape,
+    headers: &HeaderMap,
+) -> Result<Request, ApiError> {
     let mut request = if body.len() > LARGE {
         task::blocking(move || request::read(body, shape)).await?
     } else {
         request::read(body, shape)?
     };
+    if let Some(model) = state.aliases.get(&request.facts.model) {
+        request.redirect(model);
+    }
     request.facts.client.with_headers(headers);
     Ok(request)
 }
@@ -175,12 +185,11 @@ pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
 
 /// The pool's limits as headers.
 pub(super) fn limits(state: &State, caller: &Caller) -> Vec<(HeaderName, HeaderValue)> {
-    quota::pool_view(
-        &state.upstream.view(),
+    let (seen, now) = (
+        state.engine.visibility(caller),
         state.clock.now().as_second(),
-        caller.accounts(),
-    )
-    .headers()
+    );
+    quota::pool_view(&state.upstream.view(), now, seen).headers(seen)
 }
 
 /// What a turn showed first.

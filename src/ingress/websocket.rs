@@ -27,9 +27,8 @@ use crate::{
     protocol::{
         contract::failed_event,
         event::{self, Created, Kind},
-        request::{self, Shape},
+        request::Shape,
     },
-    task,
     turn::{self, Ask, Caller, End, Event, Item, Reject, Stop, Token, relay::Receiver},
 };
 
@@ -39,8 +38,6 @@ const MESSAGE_BYTES: usize = 64 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long a client may take to take one frame.
 const SEND_TIME: Duration = Duration::from_secs(60);
-/// Frames above this are parsed off the workers.
-const LARGE: usize = 1 << 20;
 
 type Shared = extract::State<Arc<State>>;
 
@@ -245,12 +242,7 @@ impl Client {
         let caller = self.caller.clone();
         let body = Bytes::from(text);
         let held = body::take(&self.state.bytes, body.len())?;
-        let mut request = if body.len() > LARGE {
-            task::blocking(move || request::read(body, Shape::Frame)).await?
-        } else {
-            request::read(body, Shape::Frame)?
-        };
-        request.facts.client.with_headers(&self.headers);
+        let request = responses::parse(&self.state, body, Shape::Frame, &self.headers).await?;
         responses::admit(&caller, &request.facts)?;
         let route = match self.dialect {
             Dialect::Codex => "codex/responses",
@@ -268,6 +260,7 @@ impl Client {
             turn_state,
             line: self.line,
             forwarded: None,
+            sent: false,
             held,
             arrived,
         };

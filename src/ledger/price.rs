@@ -262,6 +262,55 @@ mod tests {
         }
     }
 
+    /// Dollars for a million tokens: of input, of cached input, of output.
+    fn dollars(model: &str, tier: Tier, input: u64) -> [f64; 3] {
+        const M: u64 = 1_000_000;
+        let nano = |usage| cost(model, tier, &usage).unwrap_or(-1) as f64;
+        let scale = M as f64 / input as f64 / 1e9;
+        let beside = nano(usage(input, 0, 0));
+        [
+            beside * scale,
+            nano(usage(input, input, 0)) * scale,
+            (nano(usage(input, 0, M)) - beside) / 1e9,
+        ]
+    }
+
+    #[test]
+    fn the_table_rows_hold_at_standard_priority_flex_and_long_context() {
+        use Tier::{Flex, Priority, Standard};
+        let (short, long) = (272_000, 272_001);
+        for (model, tier, input, listed) in [
+            ("gpt-5.6-sol", Standard, short, [5.0, 0.5, 30.0]),
+            ("gpt-5.6-sol", Priority, long, [10.0, 1.0, 60.0]),
+            ("gpt-5.6-sol", Flex, short, [2.5, 0.25, 15.0]),
+            ("gpt-5.6-sol", Standard, long, [10.0, 1.0, 45.0]),
+            ("gpt-5.6-sol", Flex, long, [5.0, 0.5, 22.5]),
+            ("gpt-5.6-terra", Standard, long, [4.0, 0.4, 18.0]),
+            ("gpt-5.6-luna", Standard, long, [0.4, 0.04, 1.8]),
+            ("gpt-5.5", Priority, short, [12.5, 1.25, 75.0]),
+            ("gpt-5.5", Standard, long, [5.0, 0.5, 30.0]),
+            ("gpt-5.5-pro", Flex, short, [15.0, 15.0, 90.0]),
+            ("gpt-5.4", Standard, long, [5.0, 0.5, 22.5]),
+            ("gpt-5.4", Priority, short, [5.0, 0.5, 30.0]),
+            ("gpt-5.4-nano", Flex, short, [0.1, 0.01, 0.625]),
+            ("gpt-5.4-pro", Standard, long, [60.0, 60.0, 270.0]),
+            ("gpt-5.3-codex", Priority, short, [3.5, 0.35, 28.0]),
+            ("gpt-5.2", Priority, short, [3.5, 0.35, 28.0]),
+            ("gpt-5.2", Flex, short, [0.875, 0.0875, 7.0]),
+            ("gpt-5.1", Priority, short, [2.5, 0.25, 20.0]),
+            ("gpt-5-codex", Standard, short, [1.25, 0.125, 10.0]),
+            ("gpt-5.1-codex-mini", Standard, short, [0.25, 0.025, 2.0]),
+        ] {
+            for (got, listed) in dollars(model, tier, input).into_iter().zip(listed) {
+                let off = (got - listed).abs();
+                assert!(
+                    off < 1e-6,
+                    "{model} {tier:?} {input}: {got} instead of {listed}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn tiers_are_read_as_upstream_writes_them() {
         for (name, tier) in [

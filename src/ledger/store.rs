@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, time::Duration};
 
-use tokio_postgres::{Row, types::Json};
+use tokio_postgres::{
+    Row,
+    types::{Json, ToSql},
+};
 
 use super::{
     attempt::{Attempt, millis},
@@ -10,10 +13,11 @@ use super::{
     record::Record,
     sweep::{Found, Lost, Range, Reconciliation, Side},
     turn::{Booked, Fence, NotOpened, Opened, Opening, Settlement},
+    used::Used,
 };
 use crate::{
     db::{Db, Error, LockClass},
-    ids::{BootId, TurnId},
+    ids::{ApiKeyId, BootId, TurnId},
     secret, statements,
 };
 
@@ -23,6 +27,16 @@ macro_rules! log_columns {
         "day, turn_id, request_id, scope_id, api_key_id, account_id, route, transport, model, status, outcome, reason, bridge_outcome, \
          bridge_reason, error_code, attempts, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, cost_nanodollars, estimated, first_event_ms, \
          total_ms, user_agent, explanation"
+    };
+}
+
+/// What closes a turn; a condition on what it was before follows.
+macro_rules! book {
+    () => {
+        "update turns set state = $3, outcome = $4, reason = $5, response_id = $6, account_id = $7, attempts = $8, input_tokens = $9,
+                cached_input_tokens = $10, output_tokens = $11, reasoning_tokens = $12, cost_nanodollars = $13, estimated = $14,
+                first_event_ms = $15, total_ms = $16, settled_at = clock_timestamp()
+            where turn_id = $1 and request_id = $2"
     };
 }
 
@@ -72,7 +86,7 @@ statements! { "ledger";
     /// the preference), lease, snapshot, turn, preference. A preference that says the same is only prolonged when an eighth of its time has
     /// passed.
     SETTLE: [UUID, UUID, TEXT, TEXT, TEXT, TEXT, UUID, JSONB, INT8, INT8, INT8, INT8, INT8, BOOL, INT4, INT4, TEXT, BYTEA, UUID, FLOAT8,
-        UUID, INT8, UUID, FLOAT8, BOOL, UUID, TEXT, UUID, UUID, TEXT, BOOL, BOOL, INT4, TEXT, BYTEA] = "
+        UUID, INT8, UUID, FLOAT8, BOOL, UUID, TEXT, UUID, UUID, TEXT, BOOL, BOOL, INT4, TEXT, BYTEA] = concat!("
         with seat as (
             select account_id from accounts where account_id = $19 for key share
         ), moved as (
@@ -88,10 +102,7 @@ statements! { "ledger";
             on conflict do nothing
             returning 1
         ), booked as (
-            update turns set state = $3, outcome = $4, reason = $5, response_id = $6, account_id = $7, attempts = $8, input_tokens = $9,
-                cached_input_tokens = $10, output_tokens = $11, reasoning_tokens = $12, cost_nanodollars = $13, estimated = $14,
-                first_event_ms = $15, total_ms = $16, settled_at = clock_timestamp()
-            where turn_id = $1 and request_id = $2 and state = 'open' and (select count(*) from kept) >= 0
+            ", book!(), " and state = 'open' and (select count(*) from kept) >= 0
             returning scope_id
         ), preferred as (
             insert into sticky_sessions as s (scope_id, key_kind, key_hash, account_id, expires_at)
@@ -101,7 +112,18 @@ statements! { "ledger";
                 moved_at = case when s.account_id = excluded.account_id then s.moved_at else excluded.moved_at end
             where s.account_id <> excluded.account_id or s.expires_at < excluded.expires_at - make_interval(secs => $20 / 8)
         )
-        select (select count(*) from booked), (select count(*) from moved)";
+        select (select count(*) from booked), (select count(*) from moved)");
+
+    /// A turn that a sweep gave up, because a peer took its owner for dead: what its owner knows replaces the estimate, here and in the log,
+    /// which is written anew. Not if a retry has it by now: then the estimate is an attempt of that. A repeated call finds it told.
+    FOUND: [UUID, UUID, TEXT, TEXT, TEXT, TEXT, UUID, JSONB, INT8, INT8, INT8, INT8, INT8, BOOL, INT4, INT4, DATE] = concat!("
+        with found as (
+            ", book!(), " and state = 'settled' and outcome = 'lost'
+            returning turn_id, request_id
+        ), unlogged as (
+            delete from request_log l using found where l.day = $17 and (l.turn_id, l.request_id) = (found.turn_id, found.request_id)
+        )
+        select count(*) from found");
 
     /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt, and its lease is idle again.
     WITHDRAW: [UUID, UUID, INT8] = "
@@ -217,6 +239,12 @@ statements! { "ledger";
                 where l.turn_id = found.turn_id and l.day between $2 - 1 and $2))
         from found limit 1";
 
+    /// A plain read of what is booked.
+    USED: [UUID] = "
+        select coalesce(sum(requests), 0)::bigint, coalesce(sum(input_tokens + output_tokens), 0)::bigint,
+            coalesce(sum(cached_input_tokens), 0)::bigint, coalesce(sum(cost_nanodollars), 0)::bigint
+        from turns where api_key_id = $1 and state = 'settled'";
+
     /// The transaction-level lock lasts as long as the statement: one replica at a time deletes.
     PRUNE: [INT4, INT4, INT4, INT8] = "
         with turn as materialized (select pg_try_advisory_xact_lock($1, $2) mine),
@@ -226,6 +254,16 @@ statements! { "ledger";
             limit $4
         )
         delete from request_log l using old where (l.day, l.turn_id, l.request_id) = (old.day, old.turn_id, old.request_id)";
+}
+
+pub(super) async fn used(db: &Db, key: ApiKeyId) -> Result<Used, Error> {
+    let row = db.one(&USED, &[&key]).await?;
+    Ok(Used {
+        requests: row.try_get(0)?,
+        tokens: row.try_get(1)?,
+        cached_input_tokens: row.try_get(2)?,
+        cost_nanodollars: row.try_get(3)?,
+    })
 }
 
 /// Yields the turn and its earlier attempts; `None` if the lease is not ours.
@@ -336,52 +374,55 @@ pub(super) async fn settle(
         .snapshot
         .as_ref()
         .filter(|_| settlement.response_id.is_some());
-    let row = db
-        .one(
-            &SETTLE,
-            &[
-                &opened.turn(),
-                &opened.request().id,
-                &state,
-                &answer.outcome.as_str(),
-                &answer.reason,
-                &settlement.response_id.as_deref().map(|id| plain(id, 200)),
-                &opened.account(),
-                &Json(opened.all_attempts()),
-                &input,
-                &cached,
-                &output,
-                &reasoning,
-                &totals.cost,
-                &totals.estimated,
-                &answer.first_event.map(millis),
-                &millis(answer.total),
-                &sticky.map(|sticky| sticky.kind),
-                &sticky.map(|sticky| sticky.hash.as_slice()),
-                &sticky.map(|sticky| sticky.account),
-                &sticky.map(|sticky| sticky.ttl.as_secs_f64()),
-                &fence.map(|fence| fence.lease),
-                &fence.map(|fence| fence.generation),
-                &opened.boot(),
-                &fence.map(|fence| fence.retain.as_secs_f64()),
-                &settlement.complete,
-                &opened.request().scope,
-                &snapshot.and_then(|snapshot| snapshot.parent.as_deref()),
-                &snapshot.map(|snapshot| snapshot.chain),
-                &snapshot.and_then(|snapshot| snapshot.lease),
-                &plain(&opened.request().model, 100),
-                &snapshot.is_some_and(|snapshot| snapshot.is_root),
-                &snapshot.is_some_and(|snapshot| snapshot.complete),
-                &snapshot.map_or(0, |snapshot| snapshot.bytes),
-                &snapshot.and_then(|snapshot| snapshot.key_id.as_deref()),
-                &snapshot.and_then(|snapshot| snapshot.body.as_deref()),
-            ],
-        )
-        .await?;
-    Ok(Booked {
-        turn: row.try_get::<_, i64>(0)? == 1,
-        lease: fence.is_none() || row.try_get::<_, i64>(1)? == 1,
-    })
+    let book: [&(dyn ToSql + Sync); 16] = [
+        &opened.turn(),
+        &opened.request().id,
+        &state,
+        &answer.outcome.as_str(),
+        &answer.reason,
+        &settlement.response_id.as_deref().map(|id| plain(id, 200)),
+        &opened.account(),
+        &Json(opened.all_attempts()),
+        &input,
+        &cached,
+        &output,
+        &reasoning,
+        &totals.cost,
+        &totals.estimated,
+        &answer.first_event.map(millis),
+        &millis(answer.total),
+    ];
+    let keep: [&(dyn ToSql + Sync); 19] = [
+        &sticky.map(|sticky| sticky.kind),
+        &sticky.map(|sticky| sticky.hash.as_slice()),
+        &sticky.map(|sticky| sticky.account),
+        &sticky.map(|sticky| sticky.ttl.as_secs_f64()),
+        &fence.map(|fence| fence.lease),
+        &fence.map(|fence| fence.generation),
+        &opened.boot(),
+        &fence.map(|fence| fence.retain.as_secs_f64()),
+        &settlement.complete,
+        &opened.request().scope,
+        &snapshot.and_then(|snapshot| snapshot.parent.as_deref()),
+        &snapshot.map(|snapshot| snapshot.chain),
+        &snapshot.and_then(|snapshot| snapshot.lease),
+        &plain(&opened.request().model, 100),
+        &snapshot.is_some_and(|snapshot| snapshot.is_root),
+        &snapshot.is_some_and(|snapshot| snapshot.complete),
+        &snapshot.map_or(0, |snapshot| snapshot.bytes),
+        &snapshot.and_then(|snapshot| snapshot.key_id.as_deref()),
+        &snapshot.and_then(|snapshot| snapshot.body.as_deref()),
+    ];
+    let row = db.one(&SETTLE, &[&book[..], &keep[..]].concat()).await?;
+    let lease = fence.is_none() || row.try_get::<_, i64>(1)? == 1;
+    let mut turn = row.try_get::<_, i64>(0)? == 1;
+    if !turn {
+        // Either an earlier call landed, or nobody believed in us any more.
+        let day: &(dyn ToSql + Sync) = &day(opened.turn());
+        let row = db.one(&FOUND, &[&book[..], &[day]].concat()).await?;
+        turn = row.try_get::<_, i64>(0)? == 1;
+    }
+    Ok(Booked { turn, lease })
 }
 
 pub(super) async fn withdraw(db: &Db, request: TurnId, fence: Option<Fence>) -> Result<(), Error> {

@@ -305,7 +305,8 @@ pub struct Snapshot {
 /// What FINISH found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Booked {
-    /// This call booked the turn; else it was booked before: by a call whose reply was lost, or by the sweep, as lost.
+    /// This call booked the turn, or replaced what a sweep had guessed; else it was booked before, by a call whose reply was lost, or a
+    /// retry has it.
     pub turn: bool,
     /// The lease was still ours, or there was none. If not, this replica is fenced: it moved no head.
     pub lease: bool,

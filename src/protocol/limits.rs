@@ -8,13 +8,17 @@
 //! reset has passed reads as unused; no family has the same window twice.
 
 mod feed;
+mod key_usage;
 mod pool;
+mod visibility;
 
 use std::borrow::Cow;
 use std::fmt;
 
 pub use feed::{UsageReport, active_family, from_event, from_headers, from_usage};
-pub use pool::{PoolView, PoolWindow};
+pub use key_usage::{Remaining, UpstreamLimit};
+pub use pool::{PoolFamily, PoolView, PoolWindow};
+pub use visibility::{QuotaVisibility, Section};
 
 /// The limit that a quota belongs to: `codex`, or that of a model or feature such as `codex_bengalfox`.
 #[derive(

@@ -49,8 +49,11 @@ pub struct Request {
 /// What the engine needs to know of a request.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Facts {
-    /// `model`; never empty.
+    /// `model`, as upstream gets it; never empty.
     pub model: String,
+    /// The name by which the client asked for it, where that is another one.
+    #[serde(default)]
+    pub alias: Option<String>,
     /// The client wants events. Always so for [`Shape::Codex`] and [`Shape::Frame`].
     pub stream: bool,
     /// False for a prewarm, which generates nothing.
@@ -165,7 +168,28 @@ const CARRIED: [(&str, &str); 5] = [
     ),
 ];
 
+impl Facts {
+    /// The model's name as the client wrote it.
+    pub fn asked_model(&self) -> &str {
+        self.alias.as_deref().unwrap_or(&self.model)
+    }
+}
+
 impl Request {
+    /// Asks upstream for another model than the client named.
+    pub fn redirect(&mut self, model: &str) {
+        let edited = std::str::from_utf8(&self.body).ok().and_then(|text| {
+            let mut body = Container::object(text).ok()?;
+            body.set("model", splice::quoted(model));
+            body.finish()
+        });
+        if let Some(edited) = edited {
+            self.body = edited.into();
+            let asked = std::mem::replace(&mut self.facts.model, model.to_owned());
+            self.facts.alias = Some(asked);
+        }
+    }
+
     /// The `response.create` frame of this request.
     pub fn frame(&self) -> Bytes {
         self.frame_with(&HeaderMap::new(), None)

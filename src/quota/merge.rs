@@ -4,12 +4,16 @@ use std::{cmp::Ordering, fmt, str::FromStr};
 
 use jiff::{SignedDuration, Timestamp};
 
+use crate::protocol::limits::Credits;
+
 /// The longest believed block, in seconds: upstream has named the year 2446.
 const HORIZON: i64 = 366 * 24 * 3_600;
 /// A block whose end upstream did not name, in seconds; up to a fifth more, so that replicas do not return in step.
 const GUESS: f64 = 60.0;
 /// What began so little after a refusal may have begun before it: replicas know the database's clock to within this.
 const CLOCK_MARGIN: SignedDuration = SignedDuration::from_secs(1);
+/// The usage endpoint counts late: so soon after a refusal it may still say that something is left.
+pub(super) const POLL_MARGIN: SignedDuration = SignedDuration::from_mins(2);
 
 /// Where a sample comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,6 +26,8 @@ pub enum Source {
     Header,
     /// The usage endpoint.
     Poll,
+    /// The usage endpoint, by leaving it out: the account has no such window any more.
+    Unlisted,
 }
 
 impl Source {
@@ -33,6 +39,7 @@ impl Source {
             Self::Event => "event",
             Self::Header => "header",
             Self::Poll => "poll",
+            Self::Unlisted => "unlisted",
         }
     }
 }
@@ -47,10 +54,16 @@ impl FromStr for Source {
     type Err = UnknownSource;
 
     fn from_str(text: &str) -> Result<Self, UnknownSource> {
-        [Self::Error, Self::Event, Self::Header, Self::Poll]
-            .into_iter()
-            .find(|source| source.as_str() == text)
-            .ok_or(UnknownSource)
+        [
+            Self::Error,
+            Self::Event,
+            Self::Header,
+            Self::Poll,
+            Self::Unlisted,
+        ]
+        .into_iter()
+        .find(|source| source.as_str() == text)
+        .ok_or(UnknownSource)
     }
 }
 
@@ -67,6 +80,17 @@ pub struct Sample {
     /// Epoch seconds.
     pub resets_at: Option<i64>,
     /// When the observation began, in whole microseconds.
+    pub observed_at: Timestamp,
+    /// Its feed.
+    pub source: Source,
+}
+
+/// What is known of an account's credits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CreditSample {
+    /// What upstream said.
+    pub credits: Credits,
+    /// As in [`Sample`].
     pub observed_at: Timestamp,
     /// Its feed.
     pub source: Source,
@@ -132,26 +156,44 @@ pub fn merge_block(one: Block, other: Block) -> Block {
     }
 }
 
+/// Whether a refusal means that a quota is used up, which a report of the quota can disprove; any other is a throttle or a verdict.
+pub(super) fn is_of_quota(reason: &str) -> bool {
+    matches!(
+        reason,
+        "usage_limit_reached" | "insufficient_quota" | "quota_exceeded"
+    )
+}
+
+/// What an observation says against a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Evidence {
+    /// When it began.
+    pub observed_at: Timestamp,
+    /// Its feed.
+    pub source: Source,
+    /// Percent used of the fullest window of the family, as far as is known after it.
+    pub worst_used: f64,
+    /// Whether credits stand in for a full window.
+    pub credits: bool,
+    /// Upstream's own verdict, where the feed tells.
+    pub limit_reached: Option<bool>,
+}
+
 /// The new `lifted_at` if an observation proves that a block is over: it began after upstream refused, no window of the family reads as full
-/// by it, and it is more than a poll, unless the block was one of quota. A turn that upstream served after the refusal disproves any kind
-/// of throttle; a usage report disproves only that the quota is used up.
+/// by it (or credits stand in), upstream does not call the limit reached, and it is more than a poll, unless the block was one of quota. A
+/// turn that upstream served after the refusal disproves any kind of throttle; a usage report disproves only that the quota is used up, and
+/// not at once.
 #[must_use]
-pub fn lifts(
-    block: &Block,
-    observed_at: Timestamp,
-    source: Source,
-    worst_used: f64,
-) -> Option<Timestamp> {
-    let convincing = match source {
-        Source::Header | Source::Event => true,
-        Source::Poll => matches!(
-            block.reason.as_str(),
-            "usage_limit_reached" | "insufficient_quota" | "quota_exceeded"
-        ),
-        Source::Error => false,
+pub fn lifts(block: &Block, evidence: &Evidence) -> Option<Timestamp> {
+    let margin = match evidence.source {
+        Source::Header | Source::Event => CLOCK_MARGIN,
+        Source::Poll if is_of_quota(&block.reason) => POLL_MARGIN,
+        Source::Poll | Source::Error | Source::Unlisted => return None,
     };
-    let lifted_at = observed_at.saturating_sub(CLOCK_MARGIN).ok()?;
-    (convincing && lifted_at > block.blocked_at && worst_used < 100.0).then_some(lifted_at)
+    let room = evidence.worst_used < 100.0 || evidence.credits;
+    let began_after = evidence.observed_at.saturating_sub(margin).ok()? > block.blocked_at;
+    let lifted_at = evidence.observed_at.saturating_sub(CLOCK_MARGIN).ok()?;
+    (room && began_after && evidence.limit_reached != Some(true)).then_some(lifted_at)
 }
 
 /// The end of a block in epoch seconds: upstream's own, if it lies ahead and is believable; else a guess, where `jitter` is in 0..1.

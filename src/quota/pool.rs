@@ -1,59 +1,103 @@
 //! The pool's quota as clients see it: many accounts as if they were one.
 
+use std::collections::BTreeSet;
+
 use crate::{
-    ids::AccountId,
-    protocol::limits::{Family, PoolView, PoolWindow, Window},
-    routing::{Account, Lifecycle, Status, View, effective_used, plan_weight, status},
+    protocol::limits::{
+        Credits, Family, PoolFamily, PoolView, PoolWindow, QuotaVisibility, Window,
+    },
+    routing::{Account, Lifecycle, Standing, View, effective_used, family_name, status},
 };
 
-/// The quota of ordinary traffic over the active accounts at `now` (epoch seconds), those of a key's grants if `allowed` names them. Use is
-/// the mean weighted by plan over the accounts whose window is known, the reset is the earliest; the limit is reached when every account
-/// is blocked.
+/// The quota of ordinary traffic over the active accounts at `now` (epoch seconds), those that the client may use, and beside it that of
+/// each further family. Use is the mean weighted by plan over the accounts whose window is known, the reset is the earliest; the limit is
+/// reached when every account is blocked.
 #[must_use]
-pub fn pool_view(view: &View, now: i64, allowed: Option<&[AccountId]>) -> PoolView {
-    let active = || {
-        view.accounts.iter().filter(|account| {
-            account.lifecycle == Lifecycle::Active
-                && allowed.is_none_or(|allowed| allowed.contains(&account.id))
-        })
-    };
-    let Some(largest) =
-        active().max_by(|one, other| plan_weight(&one.plan).total_cmp(&plan_weight(&other.plan)))
-    else {
+pub fn pool_view(view: &View, now: i64, seen: QuotaVisibility<'_>) -> PoolView {
+    let active: Vec<&Account> = view
+        .accounts
+        .iter()
+        .filter(|account| account.lifecycle == Lifecycle::Active && seen.covers(account.id))
+        .collect();
+    let largest = active
+        .iter()
+        .max_by(|one, other| one.weight.total_cmp(&other.weight));
+    let Some(largest) = largest else {
         return PoolView {
             plan_type: "guest".into(),
             ..PoolView::default()
         };
     };
+    let codex = Family::CODEX.as_str();
+    let windows = active.iter().flat_map(|account| &account.windows);
+    let others: BTreeSet<&str> = windows
+        .map(|window| window.family.as_str())
+        .filter(|family| *family != codex)
+        .collect();
+    let family = |active: &[&Account], id: &str| {
+        let window = |kind| pool_window(active, id, kind, now);
+        PoolFamily {
+            id: id.to_owned(),
+            name: family_name(id).to_owned(),
+            primary: window(Window::FiveHour),
+            secondary: window(Window::Weekly),
+            monthly: window(Window::Monthly),
+            limit_reached: exhausted(active, id, now),
+        }
+    };
+    let own = family(&active, codex);
     PoolView {
         plan_type: largest.plan.clone(),
-        primary: pool_window(active(), Window::FiveHour, now),
-        secondary: pool_window(active(), Window::Weekly, now),
-        monthly: pool_window(active(), Window::Monthly, now),
-        limit_reached: active()
-            .all(|account| status(account, Family::CODEX.as_str(), now) != Status::Active),
-        credits: None,
+        primary: own.primary,
+        secondary: own.secondary,
+        monthly: own.monthly,
+        limit_reached: own.limit_reached,
+        credits: credits(&active),
+        families: others
+            .into_iter()
+            .map(|id| {
+                // Whoever has no window of it is not entitled to it.
+                let mut entitled = active.clone();
+                entitled.retain(|account| account.windows.iter().any(|one| one.family == id));
+                family(&entitled, id)
+            })
+            .collect(),
     }
 }
 
-fn pool_window<'a>(
-    accounts: impl Iterator<Item = &'a Account>,
-    kind: Window,
-    now: i64,
-) -> Option<PoolWindow> {
+/// As selection sees it.
+fn exhausted(active: &[&Account], family: &str, now: i64) -> bool {
+    let mut standing = Standing::default();
+    for account in active {
+        standing.add(&status(account, family, now));
+    }
+    standing.exhausted().is_some()
+}
+
+/// Together they have what any of them has.
+fn credits(active: &[&Account]) -> Option<Credits> {
+    let known = active.iter().filter_map(|account| account.credits);
+    known.reduce(|one, other| {
+        let balances = one.balance.into_iter().chain(other.balance);
+        Credits {
+            has_credits: one.has_credits || other.has_credits,
+            unlimited: one.unlimited || other.unlimited,
+            balance: balances.reduce(|sum, balance| sum + balance),
+        }
+    })
+}
+
+fn pool_window(active: &[&Account], family: &str, kind: Window, now: i64) -> Option<PoolWindow> {
     let (mut used, mut size, mut resets_at) = (0.0, 0.0, None);
-    for account in accounts {
-        let codex = Family::CODEX;
-        let mut windows = account
-            .windows
-            .iter()
-            .filter(|window| window.family == codex.as_str());
-        let Some(window) = windows.find(|window| window.minutes == kind.minutes()) else {
+    for account in active {
+        let mut windows = account.windows.iter();
+        let Some(window) =
+            windows.find(|window| window.family == family && window.minutes == kind.minutes())
+        else {
             continue;
         };
-        let weight = plan_weight(&account.plan);
-        used += weight * effective_used(window, now);
-        size += weight;
+        used += account.weight * effective_used(window, now);
+        size += account.weight;
         resets_at = resets_at
             .into_iter()
             .chain(window.resets_at.filter(|at| *at > now))
@@ -69,9 +113,16 @@ fn pool_window<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::{self, Block};
+    use crate::{
+        ids::AccountId,
+        routing::{self, Block},
+    };
 
     const NOW: i64 = 1_800_000_000;
+
+    fn of(accounts: Option<&[AccountId]>) -> QuotaVisibility<'_> {
+        QuotaVisibility::new(None, accounts, false)
+    }
 
     fn account(plan: &str, windows: &[(u32, f64, i64)]) -> Account {
         let window = |&(minutes, used_percent, resets_in): &(u32, f64, i64)| routing::Window {
@@ -85,11 +136,12 @@ mod tests {
             id: AccountId::new(),
             lifecycle: Lifecycle::Active,
             plan: plan.into(),
+            weight: routing::plan_weight(plan),
             windows: windows.iter().map(window).collect(),
             blocks: Vec::new(),
+            credits: None,
             models: None,
-            in_flight: Default::default(),
-            penalty: Default::default(),
+            load: Default::default(),
         }
     }
 
@@ -113,7 +165,7 @@ mod tests {
             account("plus", &[(10_080, 80.0, -1)]),
             paused,
         ];
-        let view = pool_view(&View { accounts }, NOW, None);
+        let view = pool_view(&View { accounts }, NOW, of(None));
         let window = |used_percent, window_minutes, resets_in| {
             Some(PoolWindow {
                 used_percent,
@@ -141,11 +193,11 @@ mod tests {
         let first = accounts[0].id;
         let view = View { accounts };
         assert!(
-            !pool_view(&view, NOW, None).limit_reached,
+            !pool_view(&view, NOW, of(None)).limit_reached,
             "samples do not block"
         );
-        assert!(pool_view(&view, NOW, Some(&[first])).limit_reached);
-        assert!(!pool_view(&view, NOW + 60, Some(&[first])).limit_reached);
-        assert_eq!(pool_view(&view, NOW, Some(&[])).plan_type, "guest");
+        assert!(pool_view(&view, NOW, of(Some(&[first]))).limit_reached);
+        assert!(!pool_view(&view, NOW + 60, of(Some(&[first]))).limit_reached);
+        assert_eq!(pool_view(&view, NOW, of(Some(&[]))).plan_type, "guest");
     }
 }

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
 
-use super::{Block, Sample, Source, lifts, merge_block, merge_window};
+use super::{Block, CreditSample, Evidence, Sample, Source, lifts, merge_block, merge_window};
 use crate::{
     ids::AccountId,
-    protocol::limits::{Family, Observation},
+    protocol::limits::{Credits, Family, Observation, UsageReport},
     routing::{self, effective_used},
 };
 
@@ -16,16 +16,20 @@ pub(super) type WindowKey = (AccountId, Family, u32);
 /// The key of one block.
 pub(super) type BlockKey = (AccountId, Family);
 
+/// The family of reviews: the usage endpoint gives it a place of its own, not one in the list of further families.
+const CODE_REVIEW: &str = "code_review";
+
 /// States on their way to or from the database, in the order of their keys.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     pub(super) windows: Vec<(WindowKey, Sample)>,
     pub(super) blocks: Vec<(BlockKey, Block)>,
+    pub(super) credits: Vec<(AccountId, CreditSample)>,
 }
 
 impl Rows {
     pub(super) fn is_empty(&self) -> bool {
-        self.windows.is_empty() && self.blocks.is_empty()
+        self.windows.is_empty() && self.blocks.is_empty() && self.credits.is_empty()
     }
 }
 
@@ -38,18 +42,35 @@ pub(super) struct Change {
     pub(super) urgent: bool,
 }
 
+impl Change {
+    /// Selection sees it, and the other replicas are to know at once.
+    const URGENT: Self = Self {
+        seen: true,
+        urgent: true,
+    };
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            seen: self.seen || other.seen,
+            urgent: self.urgent || other.urgent,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct State {
     accounts: HashMap<AccountId, Limits>,
     unsaved_windows: BTreeSet<WindowKey>,
     unsaved_blocks: BTreeSet<BlockKey>,
+    unsaved_credits: BTreeSet<AccountId>,
 }
 
 /// The limits of one account.
-#[derive(Debug, Default)]
-struct Limits {
-    windows: BTreeMap<(Family, u32), Sample>,
-    blocks: BTreeMap<Family, Block>,
+#[derive(Clone, Debug, Default)]
+pub(super) struct Limits {
+    pub(super) windows: BTreeMap<(Family, u32), Sample>,
+    pub(super) blocks: BTreeMap<Family, Block>,
+    pub(super) credits: Option<CreditSample>,
 }
 
 impl State {
@@ -62,34 +83,138 @@ impl State {
         now: Timestamp,
     ) -> Change {
         let mut change = Change::default();
-        if observation.windows.is_empty() {
-            return change;
+        if let Some(credits) = observation.credits {
+            let sample = CreditSample {
+                credits,
+                observed_at,
+                source,
+            };
+            let limits = self.accounts.entry(account).or_default();
+            if let Some(known) = limits.merge_credits(sample) {
+                self.unsaved_credits.insert(account);
+                change.seen |= known.is_none_or(|known| known.credits != credits);
+            }
         }
-        let family = &observation.family;
-        let limits = self.accounts.entry(account).or_default();
         for seen in &observation.windows {
-            let minutes = seen.window.minutes();
             let sample = Sample {
                 used_percent: seen.used_percent,
                 resets_at: seen.resets_at,
                 observed_at,
                 source,
             };
-            let (before, after) = limits.merge_window((family.clone(), minutes), sample);
-            if before != Some(after) {
-                self.unsaved_windows
-                    .insert((account, family.clone(), minutes));
-            }
-            change.seen |= before.is_none_or(|before| before.ranks() != after.ranks());
+            let key = (account, observation.family.clone(), seen.window.minutes());
+            change = change.and(self.learn(key, sample));
         }
-        if limits.lift(family, observed_at, source, now.as_second()) {
-            self.unsaved_blocks.insert((account, family.clone()));
-            change = Change {
-                seen: true,
-                urgent: true,
-            };
+        if !observation.windows.is_empty()
+            && self.lift(account, observation, observed_at, source, now)
+        {
+            change = Change::URGENT;
         }
         change
+    }
+
+    /// Takes in the answer of the usage endpoint. What it leaves out is no more: a window of a family that it lists, and a family where it
+    /// lists families at all.
+    pub(super) fn report(
+        &mut self,
+        account: AccountId,
+        report: &UsageReport,
+        observed_at: Timestamp,
+        now: Timestamp,
+    ) -> Change {
+        let told = |family: &Family| {
+            let observation = report
+                .observations
+                .iter()
+                .find(|observation| &observation.family == family);
+            observation.map(|observation| &observation.windows)
+        };
+        let known = self.accounts.get(&account).into_iter();
+        let gone: Vec<_> = known
+            .flat_map(|limits| &limits.windows)
+            .filter(|((family, minutes), sample)| {
+                let listed = match told(family) {
+                    Some(windows) => {
+                        windows.is_empty()
+                            || windows.iter().any(|seen| seen.window.minutes() == *minutes)
+                    }
+                    None => {
+                        !report.lists_families
+                            || *family == Family::CODEX
+                            || family.as_str() == CODE_REVIEW
+                    }
+                };
+                sample.source != Source::Unlisted && !listed
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        let mut change = Change::default();
+        for (family, minutes) in gone {
+            let sample = Sample {
+                used_percent: 0.0,
+                resets_at: None,
+                observed_at,
+                source: Source::Unlisted,
+            };
+            change = change.and(self.learn((account, family, minutes), sample));
+        }
+        for observation in &report.observations {
+            let observed = self.observe(account, observation, observed_at, Source::Poll, now);
+            change = change.and(observed);
+        }
+        change
+    }
+
+    /// Takes in a sample of this replica's own.
+    fn learn(&mut self, key: WindowKey, sample: Sample) -> Change {
+        let (account, family, minutes) = key.clone();
+        let limits = self.accounts.entry(account).or_default();
+        let (before, after) = limits.merge_window((family, minutes), sample);
+        if before != Some(after) {
+            self.unsaved_windows.insert(key);
+        }
+        Change {
+            seen: before.is_none_or(|before| before.ranks() != after.ranks()),
+            urgent: false,
+        }
+    }
+
+    /// Ends the family's block if what is known since the observation proves it over.
+    fn lift(
+        &mut self,
+        account: AccountId,
+        observation: &Observation,
+        observed_at: Timestamp,
+        source: Source,
+        now: Timestamp,
+    ) -> bool {
+        let family = &observation.family;
+        let limits = self.accounts.entry(account).or_default();
+        let windows = limits.windows.iter().filter(|((of, _), _)| of == family);
+        let now = now.as_second();
+        let evidence = Evidence {
+            observed_at,
+            source,
+            worst_used: windows
+                .map(|((family, minutes), sample)| {
+                    effective_used(&sample.view(family, *minutes), now)
+                })
+                .fold(0.0, f64::max),
+            credits: limits.credits.is_some_and(|sample| sample.credits.usable()),
+            limit_reached: observation.limit_reached,
+        };
+        let Some(block) = limits.blocks.get_mut(family) else {
+            return false;
+        };
+        if !block.stands() || block.until <= now {
+            return false;
+        }
+        let lifted_at = lifts(block, &evidence);
+        block.lifted_at = lifted_at.or(block.lifted_at);
+        if lifted_at.is_some() {
+            self.unsaved_blocks.insert((account, family.clone()));
+        }
+        lifted_at.is_some()
     }
 
     pub(super) fn block(&mut self, account: AccountId, family: &Family, block: Block) -> Change {
@@ -98,10 +223,7 @@ impl State {
             .or_default()
             .merge_block(family.clone(), block);
         self.unsaved_blocks.insert((account, family.clone()));
-        Change {
-            seen: true,
-            urgent: true,
-        }
+        Change::URGENT
     }
 
     /// Takes in what the database knows.
@@ -121,6 +243,15 @@ impl State {
                 .entry(account)
                 .or_default()
                 .merge_block(family, block);
+        }
+        for (account, sample) in rows.credits {
+            let known = self
+                .accounts
+                .entry(account)
+                .or_default()
+                .merge_credits(sample);
+            seen |= known
+                .is_some_and(|known| known.is_none_or(|known| known.credits != sample.credits));
         }
         Change {
             seen,
@@ -149,6 +280,10 @@ impl State {
                     Some((key, block))
                 })
                 .collect(),
+            credits: std::mem::take(&mut self.unsaved_credits)
+                .into_iter()
+                .filter_map(|account| Some((account, self.accounts.get(&account)?.credits?)))
+                .collect(),
         }
     }
 
@@ -158,6 +293,18 @@ impl State {
             .extend(rows.windows.into_iter().map(|(key, _)| key));
         self.unsaved_blocks
             .extend(rows.blocks.into_iter().map(|(key, _)| key));
+        self.unsaved_credits
+            .extend(rows.credits.into_iter().map(|(account, _)| account));
+    }
+
+    /// Everything that is known of an account.
+    pub(super) fn limits(&self, account: AccountId) -> Limits {
+        self.accounts.get(&account).cloned().unwrap_or_default()
+    }
+
+    /// What stands in for full windows.
+    pub(super) fn credits(&self, account: AccountId) -> Option<Credits> {
+        Some(self.accounts.get(&account)?.credits?.credits)
     }
 
     pub(super) fn snapshot(
@@ -170,6 +317,7 @@ impl State {
         let windows = limits
             .windows
             .iter()
+            .filter(|(_, sample)| sample.source != Source::Unlisted)
             .map(|((family, minutes), sample)| sample.view(family, *minutes));
         let standing = limits.blocks.iter().filter(|(_, block)| block.stands());
         let blocks = standing.map(|(family, block)| routing::Block {
@@ -202,31 +350,24 @@ impl Limits {
         changed
     }
 
-    /// Ends the family's block if what is known since `observed_at` proves it over.
-    fn lift(&mut self, family: &Family, observed_at: Timestamp, source: Source, now: i64) -> bool {
-        let Some(block) = self.blocks.get_mut(family) else {
-            return false;
-        };
-        if !block.stands() || block.until <= now {
-            return false;
-        }
-        let windows = self.windows.iter().filter(|((of, _), _)| of == family);
-        let worst = windows
-            .map(|((family, minutes), sample)| effective_used(&sample.view(family, *minutes), now))
-            .fold(0.0, f64::max);
-        let lifted_at = lifts(block, observed_at, source, worst);
-        block.lifted_at = lifted_at.or(block.lifted_at);
-        lifted_at.is_some()
+    /// What was known before, if the sample is newer.
+    #[expect(clippy::option_option, reason = "nothing may have been known before")]
+    fn merge_credits(&mut self, sample: CreditSample) -> Option<Option<CreditSample>> {
+        let newer = |known: CreditSample| sample.observed_at > known.observed_at;
+        self.credits
+            .is_none_or(newer)
+            .then(|| self.credits.replace(sample))
     }
 }
 
 impl Sample {
     /// What selection looks at.
-    fn ranks(&self) -> (f64, Option<i64>) {
-        (self.used_percent, self.resets_at)
+    fn ranks(&self) -> (f64, Option<i64>, bool) {
+        let unlisted = self.source == Source::Unlisted;
+        (self.used_percent, self.resets_at, unlisted)
     }
 
-    fn view(&self, family: &Family, minutes: u32) -> routing::Window {
+    pub(super) fn view(&self, family: &Family, minutes: u32) -> routing::Window {
         routing::Window {
             family: family.to_string(),
             minutes,
@@ -238,190 +379,4 @@ impl Sample {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        protocol::limits::{Window, WindowSample},
-        routing::{Account, Lifecycle, Status, status},
-    };
-
-    const NOW: i64 = 1_800_000_000;
-    const HOUR: i64 = 3_600;
-
-    fn at(seconds: i64) -> Timestamp {
-        Timestamp::from_second(NOW + seconds).unwrap()
-    }
-
-    fn seen(family: &str, windows: &[(Window, f64, i64)]) -> Observation {
-        let sample = |&(window, used_percent, resets_in): &(Window, f64, i64)| WindowSample {
-            window,
-            used_percent,
-            window_minutes: window.minutes(),
-            resets_at: Some(NOW + resets_in),
-        };
-        Observation {
-            family: Family::new(family),
-            windows: windows.iter().map(sample).collect(),
-            ..Observation::default()
-        }
-    }
-
-    fn refused(at_second: i64, until: i64) -> Block {
-        Block {
-            blocked_at: at(at_second),
-            until: NOW + until,
-            reason: "rate_limit_exceeded".into(),
-            lifted_at: None,
-        }
-    }
-
-    fn is_blocked(state: &State, id: AccountId, family: &str, seconds: i64) -> bool {
-        let (windows, blocks) = state.snapshot(id);
-        let account = Account {
-            id,
-            lifecycle: Lifecycle::Active,
-            plan: "plus".into(),
-            windows,
-            blocks,
-            models: None,
-            in_flight: Default::default(),
-            penalty: Default::default(),
-        };
-        status(&account, family, NOW + seconds) != Status::Active
-    }
-
-    #[test]
-    fn a_429_for_60_s_at_40_percent_blocks_for_60_s_and_an_older_observation_does_not_lift_it() {
-        let (mut state, id) = (State::default(), AccountId::new());
-        let at_40 = seen(
-            "codex",
-            &[
-                (Window::FiveHour, 40.0, 5 * HOUR),
-                (Window::Weekly, 40.0, 144 * HOUR),
-            ],
-        );
-        state.observe(id, &at_40, at(0), Source::Header, at(1));
-        state.block(id, &Family::CODEX, refused(10, 70));
-        // A slow turn that began before the refusal ends after it.
-        state.observe(id, &at_40, at(5), Source::Header, at(20));
-        assert_eq!(
-            state.snapshot(id).0[0].used_percent,
-            40.0,
-            "a refusal invents no use"
-        );
-        for (second, blocked) in [(11, true), (69, true), (70, false)] {
-            assert_eq!(is_blocked(&state, id, "codex", second), blocked, "{second}");
-        }
-        assert!(
-            !is_blocked(&state, id, "codex_bengalfox", 11),
-            "other families stay usable"
-        );
-        let lifted = state.observe(id, &at_40, at(12), Source::Header, at(20));
-        assert!(
-            lifted.urgent && !is_blocked(&state, id, "codex", 20),
-            "a turn that began after it was served"
-        );
-    }
-
-    #[test]
-    fn a_full_window_holds_a_block_until_its_reset_though_upstream_omits_it() {
-        for (what, family, weekly, blocked) in [
-            ("nothing else is known", "codex", None, false),
-            (
-                "another window has room",
-                "codex",
-                Some((99.0, HOUR)),
-                false,
-            ),
-            ("another window is full", "codex", Some((100.0, HOUR)), true),
-            ("its reset has passed", "codex", Some((100.0, 15)), false),
-            (
-                "the observation is of another family",
-                "codex_bengalfox",
-                None,
-                true,
-            ),
-        ] {
-            let (mut state, id) = (State::default(), AccountId::new());
-            if let Some((used, resets_in)) = weekly {
-                state.observe(
-                    id,
-                    &seen("codex", &[(Window::Weekly, used, resets_in)]),
-                    at(0),
-                    Source::Header,
-                    at(1),
-                );
-            }
-            state.block(id, &Family::CODEX, refused(10, HOUR));
-            state.observe(
-                id,
-                &seen(family, &[(Window::FiveHour, 1.0, HOUR)]),
-                at(12),
-                Source::Header,
-                at(20),
-            );
-            assert_eq!(is_blocked(&state, id, "codex", 20), blocked, "{what}");
-        }
-    }
-
-    #[test]
-    fn what_a_peer_lifted_or_learnt_later_reaches_this_replica_and_what_is_newer_here_stays() {
-        let (mut here, mut peer, id) = (State::default(), State::default(), AccountId::new());
-        here.observe(
-            id,
-            &seen("codex", &[(Window::Weekly, 10.0, HOUR)]),
-            at(0),
-            Source::Header,
-            at(0),
-        );
-        here.block(id, &Family::CODEX, refused(10, HOUR));
-        assert!(peer.merge(here.take_unsaved()).seen);
-        peer.observe(
-            id,
-            &seen("codex", &[(Window::Weekly, 20.0, HOUR)]),
-            at(12),
-            Source::Header,
-            at(12),
-        );
-        here.observe(
-            id,
-            &seen("codex", &[(Window::Weekly, 30.0, HOUR)]),
-            at(9),
-            Source::Error,
-            at(12),
-        );
-        assert!(here.merge(peer.take_unsaved()).seen);
-        assert!(!is_blocked(&here, id, "codex", 20));
-        assert_eq!(here.snapshot(id).0[0].used_percent, 20.0);
-    }
-
-    #[test]
-    fn what_could_not_be_stored_is_stored_later_and_nothing_twice() {
-        let (mut state, id) = (State::default(), AccountId::new());
-        let sample = seen("codex", &[(Window::Weekly, 10.0, HOUR)]);
-        assert!(
-            state
-                .observe(id, &sample, at(0), Source::Header, at(0))
-                .seen
-        );
-        assert!(
-            !state
-                .observe(id, &sample, at(1), Source::Header, at(1))
-                .seen,
-            "selection sees no difference"
-        );
-        state.block(id, &Family::CODEX, refused(2, 60));
-        let failed = state.take_unsaved();
-        assert!(state.take_unsaved().is_empty());
-        state.keep_unsaved(failed);
-        let rows = state.take_unsaved();
-        assert_eq!((rows.windows.len(), rows.blocks.len()), (1, 1));
-        assert_eq!(rows.windows[0].1.observed_at, at(1));
-        assert_eq!(
-            state.merge(rows),
-            Change::default(),
-            "our own write comes back"
-        );
-        assert!(state.take_unsaved().is_empty());
-    }
-}
+mod tests;

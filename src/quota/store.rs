@@ -1,12 +1,12 @@
-//! Statements of `quota_windows` and `quota_blocks`.
+//! Statements of `quota_windows`, `quota_blocks`, `quota_credits` and `usage_history`.
 
 use tokio_postgres::types::ToSql;
 
-use super::{Block, Sample, state::Rows};
+use super::{Block, CreditSample, Sample, state::Rows};
 use crate::{
     bus::{self, Topic},
     db::{Db, Error},
-    protocol::limits::Family,
+    protocol::limits::{Credits, Family},
     statements,
 };
 
@@ -20,6 +20,9 @@ statements! { "quota";
     BLOCKS: [] = "
         select account_id, family, blocked_at, extract(epoch from blocked_until)::bigint, reason, lifted_at
         from quota_blocks where blocked_until > clock_timestamp()";
+
+    /// As `WINDOWS`.
+    CREDITS: [] = "select account_id, has_credits, unlimited, balance, observed_at, source from quota_credits";
 
     /// `merge_window`, row by row: under the row lock the older of two writers finds the newer state and leaves it. Rows are locked in the
     /// order of their keys, so that two writers cannot deadlock. An account that was deleted meanwhile is left out. No observation is from
@@ -53,6 +56,39 @@ statements! { "quota";
                              (excluded.blocked_at, excluded.blocked_until, excluded.reason)) as one (blocked_at, blocked_until, reason)
                 order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
                 limit 1)";
+
+    /// The newer observation counts; locks and deleted accounts as in `SAVE_WINDOWS`.
+    SAVE_CREDITS: [UUID_ARRAY, BOOL_ARRAY, BOOL_ARRAY, FLOAT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = "
+        insert into quota_credits as known (account_id, has_credits, unlimited, balance, observed_at, source)
+        select account_id, has_credits, unlimited, balance, least(observed_at, clock_timestamp()), source
+        from unnest($1, $2, $3, $4, $5, $6) as seen (account_id, has_credits, unlimited, balance, observed_at, source)
+        join accounts using (account_id)
+        order by account_id
+        on conflict (account_id) do update
+        set has_credits = excluded.has_credits, unlimited = excluded.unlimited, balance = excluded.balance,
+            observed_at = excluded.observed_at, source = excluded.source
+        where excluded.observed_at > known.observed_at";
+
+    /// With `SAVE_WINDOWS`. Two replicas that learn the same at once may both write it: a history may say a thing twice.
+    SAVE_HISTORY: [UUID_ARRAY, TEXT_ARRAY, INT4_ARRAY, FLOAT8_ARRAY, INT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = "
+        insert into usage_history (account_id, family, window_minutes, observed_at, used_percent, resets_at, source)
+        select account_id, family, minutes, least(seen.observed_at, clock_timestamp()), used, to_timestamp(seen.resets_at), source
+        from unnest($1, $2, $3, $4, $5, $6, $7) as seen (account_id, family, minutes, used, resets_at, observed_at, source)
+        join accounts using (account_id)
+        left join lateral (
+            select used_percent, resets_at, observed_at from usage_history
+            where account_id = seen.account_id and family = seen.family and window_minutes = minutes
+            order by observed_at desc limit 1) as last on true
+        where source <> 'unlisted' and (last.observed_at is null or seen.observed_at > last.observed_at
+            and (floor(last.used_percent) <> floor(used)
+                or abs(coalesce(extract(epoch from last.resets_at), 0) - coalesce(seen.resets_at, 0)) > 60))
+        on conflict do nothing";
+
+    /// Old rows matter to nobody; of two replicas that delete the same one finds nothing.
+    PURGE_HISTORY: [INT4, INT8] = "
+        delete from usage_history where (account_id, family, window_minutes, observed_at) in (
+            select account_id, family, window_minutes, observed_at from usage_history
+            where observed_at < clock_timestamp() - make_interval(days => $1) order by observed_at limit $2)";
 }
 
 pub(super) async fn load(db: &Db) -> Result<Rows, Error> {
@@ -86,11 +122,40 @@ pub(super) async fn load(db: &Db) -> Result<Rows, Error> {
         };
         rows.blocks.push((key, block));
     }
+    for row in connection.all(&CREDITS, &[]).await? {
+        let Ok(source) = row.try_get::<_, &str>(5)?.parse() else {
+            continue;
+        };
+        let credits = Credits {
+            has_credits: row.try_get(1)?,
+            unlimited: row.try_get(2)?,
+            balance: row.try_get(3)?,
+        };
+        let sample = CreditSample {
+            credits,
+            observed_at: row.try_get(4)?,
+            source,
+        };
+        rows.credits.push((row.try_get(0)?, sample));
+    }
     Ok(rows)
 }
 
+/// Deletes at most `limit` rows of the history that are older than that.
+pub(super) async fn purge(db: &Db, retention_days: u16, limit: i64) -> Result<u64, Error> {
+    db.exec(&PURGE_HISTORY, &[&i32::from(retention_days), &limit])
+        .await
+}
+
 /// Merges states into the database and announces them: all or nothing.
-pub(super) async fn save(db: &Db, Rows { windows, blocks }: &Rows) -> Result<(), Error> {
+pub(super) async fn save(
+    db: &Db,
+    Rows {
+        windows,
+        blocks,
+        credits,
+    }: &Rows,
+) -> Result<(), Error> {
     let tx = db.begin().await?;
     if !windows.is_empty() {
         let params: [&(dyn ToSql + Sync); 7] = [
@@ -105,6 +170,18 @@ pub(super) async fn save(db: &Db, Rows { windows, blocks }: &Rows) -> Result<(),
             &column(windows, |(_, sample)| sample.source.as_str()),
         ];
         tx.exec(&SAVE_WINDOWS, &params).await?;
+        tx.exec(&SAVE_HISTORY, &params).await?;
+    }
+    if !credits.is_empty() {
+        let params: [&(dyn ToSql + Sync); 6] = [
+            &column(credits, |(account, _)| *account),
+            &column(credits, |(_, sample)| sample.credits.has_credits),
+            &column(credits, |(_, sample)| sample.credits.unlimited),
+            &column(credits, |(_, sample)| sample.credits.balance),
+            &column(credits, |(_, sample)| sample.observed_at),
+            &column(credits, |(_, sample)| sample.source.as_str()),
+        ];
+        tx.exec(&SAVE_CREDITS, &params).await?;
     }
     if !blocks.is_empty() {
         let params: [&(dyn ToSql + Sync); 6] = [

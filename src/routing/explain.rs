@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
-use super::Sticky;
+use super::{Sticky, Strategy};
 use crate::ids::AccountId;
 
 /// How many excluded accounts an explanation names.
@@ -26,19 +26,22 @@ pub enum Exclusion {
     NoModel,
     /// Refused by upstream for the family.
     Blocked,
+    /// Runs as many turns as it may.
+    Busy,
     /// This turn has failed there.
     Tried,
 }
 
 impl Exclusion {
     /// Every reason, in order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::NotGranted,
         Self::Paused,
         Self::ReauthRequired,
         Self::Deactivated,
         Self::NoModel,
         Self::Blocked,
+        Self::Busy,
         Self::Tried,
     ];
 
@@ -52,6 +55,7 @@ impl Exclusion {
             Self::Deactivated => "deactivated",
             Self::NoModel => "no_model",
             Self::Blocked => "blocked",
+            Self::Busy => "busy",
             Self::Tried => "tried",
         }
     }
@@ -108,6 +112,8 @@ pub struct Chosen {
 /// What a selection looked at and why it ended as it did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Explanation {
+    /// By which strategy.
+    pub strategy: Strategy,
     /// Accounts in the pool.
     pub considered: u32,
     /// Those that could have been chosen.
@@ -134,7 +140,7 @@ impl Explanation {
     }
 }
 
-/// `2 of 5 accounts eligible (1 paused, 2 blocked); chose .. with capacity 0.63, 37 % used, 1 in flight, sticky kept`.
+/// `2 of 5 accounts eligible (1 paused, 2 blocked); chose .. by capacity with capacity 0.63, 37 % used, 1 in flight, sticky kept`.
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -157,8 +163,8 @@ impl fmt::Display for Explanation {
         };
         write!(
             f,
-            "; chose {} with capacity {:.2}, ",
-            chosen.account, chosen.capacity
+            "; chose {} by {} with capacity {:.2}, ",
+            chosen.account, self.strategy, chosen.capacity
         )?;
         match chosen.used_percent {
             Some(used) => write!(f, "{used:.0} % used")?,

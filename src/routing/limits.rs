@@ -54,6 +54,36 @@ pub fn status<'a>(account: &'a Account, family: &str, now: i64) -> Status<'a> {
     }
 }
 
+/// How many accounts may serve a family and how many are blocked: the one place that tells an exhausted pool and its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// May serve.
+    pub serving: u32,
+    /// Refused by upstream for the family.
+    pub limited: u32,
+    until: Option<i64>,
+}
+
+impl Standing {
+    /// Counts an account.
+    pub fn add(&mut self, status: &Status<'_>) {
+        match status {
+            Status::Active => self.serving += 1,
+            Status::RateLimited { until, .. } => {
+                self.limited += 1;
+                self.until = self.until.into_iter().chain([*until]).min();
+            }
+            Status::Paused | Status::ReauthRequired | Status::Deactivated => {}
+        }
+    }
+
+    /// Epoch seconds at which the first account returns, if all that are in service are blocked.
+    #[must_use]
+    pub fn exhausted(&self) -> Option<i64> {
+        self.until.filter(|_| self.serving == 0)
+    }
+}
+
 /// Percent used at `now` (epoch seconds). A window whose reset has passed reads as unused; one without a reset ends at the latest its own
 /// length after it was seen.
 #[must_use]
@@ -80,26 +110,79 @@ pub(super) fn scarcest_used(account: &Account, family: &str, now: i64) -> Option
         .reduce(f64::max)
 }
 
-/// The size of a plan's windows relative to `plus`. Estimates of the community, of which only the ratios matter; an unknown plan counts as
-/// `plus`.
+/// When the longest window of a family that is running ends, epoch seconds: what is left of it by then is lost.
+pub(super) fn next_loss(account: &Account, family: &str, now: i64) -> Option<i64> {
+    let windows = account.windows.iter();
+    let running = windows.filter_map(|window| {
+        let resets_at = window.resets_at.filter(|at| *at > now)?;
+        (window.family == family).then_some((window.minutes, resets_at))
+    });
+    running
+        .max_by_key(|(minutes, _)| *minutes)
+        .map(|(_, at)| at)
+}
+
+/// The size of each plan's windows relative to `plus`. Estimates of the community, of which only the ratios matter.
+pub(super) const PLANS: [(&str, f64); 15] = [
+    ("free", 0.15),
+    ("go", 0.15),
+    ("guest", 0.15),
+    ("free_workspace", 0.15),
+    ("quorum", 0.15),
+    ("plus", 1.0),
+    ("team", 1.0),
+    ("business", 1.0),
+    ("edu", 1.0),
+    ("education", 1.0),
+    ("k12", 1.0),
+    ("prolite", 5.0),
+    ("pro", 6.67),
+    ("enterprise", 6.67),
+    ("unknown", 1.0),
+];
+
+fn listed_weight(plan: &str) -> Option<f64> {
+    let mut plans = PLANS.iter();
+    plans
+        .find(|(name, _)| *name == plan)
+        .map(|(_, weight)| *weight)
+}
+
+/// The size of a plan's windows relative to `plus`; an unknown plan counts as `plus`.
 #[must_use]
 pub fn plan_weight(plan: &str) -> f64 {
-    match plan {
-        "free" | "go" | "guest" | "free_workspace" | "quorum" => 0.15,
-        "prolite" => 5.0,
-        "pro" | "enterprise" => 6.67,
-        _ => 1.0,
-    }
+    listed_weight(plan).unwrap_or(1.0)
 }
+
+/// Whether upstream is known to have such a plan.
+#[must_use]
+pub fn knows_plan(plan: &str) -> bool {
+    plan != "unknown" && listed_weight(plan).is_some()
+}
+
+/// The families beside the default one: id, name for people, and what is part of the names of the models that draw on it.
+const FAMILIES: [(&str, &str, &[&str]); 1] = [(
+    "codex_bengalfox",
+    "GPT-5.3-Codex-Spark",
+    &["-spark", "bengalfox"],
+)];
 
 /// The quota family that a model draws on.
 #[must_use]
 pub fn family_of(model: &str) -> &'static str {
-    if model.contains("-spark") || model.contains("bengalfox") {
-        "codex_bengalfox"
-    } else {
-        "codex"
-    }
+    let mut families = FAMILIES.iter();
+    families
+        .find(|(_, _, parts)| parts.iter().any(|part| model.contains(part)))
+        .map_or("codex", |(family, ..)| family)
+}
+
+/// The name of a family for people; its id where none is known.
+#[must_use]
+pub fn family_name(family: &str) -> &str {
+    let mut families = FAMILIES.iter();
+    families
+        .find(|(id, ..)| *id == family)
+        .map_or(family, |(_, name, _)| name)
 }
 
 #[cfg(test)]

@@ -17,7 +17,12 @@ impl Penalty {
     /// Whether the account ranks last at `now`, epoch seconds.
     #[must_use]
     pub fn lasts(&self, now: i64) -> bool {
-        self.0.load(Ordering::Relaxed) >> COUNT_BITS > now
+        self.ends_at() > now
+    }
+
+    /// The end of the last one, epoch seconds.
+    pub(super) fn ends_at(&self) -> i64 {
+        self.0.load(Ordering::Relaxed) >> COUNT_BITS
     }
 
     /// Notes a failure that is the account's fault; yields the end of the penalty, epoch seconds, if one begins. Failures during a penalty

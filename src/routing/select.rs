@@ -1,13 +1,10 @@
-//! Selection: exclude, keep what sticks, draw by capacity.
+//! Selection: exclude, keep what sticks, draw by the strategy.
 
-use std::sync::atomic::Ordering;
-
-use rand::{Rng, RngExt as _};
 use serde::Serialize;
 
 use super::{
-    Account, Chosen, Exclusion, Explanation, Status, View,
-    limits::{plan_weight, scarcest_used},
+    Account, Chosen, Exclusion, Explanation, Policy, Standing, Status, Strategy, View,
+    limits::{next_loss, scarcest_used},
     status,
 };
 use crate::ids::AccountId;
@@ -20,6 +17,9 @@ const CLEARLY_BETTER: f64 = 2.0;
 const LONG_BLOCK: i64 = 3_600;
 /// What an account without any known window of the family counts as used, in percent: neither preferred nor shunned.
 const NEUTRAL_USED: f64 = 50.0;
+
+/// Resets within the same so many seconds are one: upstream's trembles.
+const SAME_RESET: i64 = 3_600;
 
 /// What a turn asks for.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,10 @@ pub struct Ask<'a> {
     pub allowed: Option<&'a [AccountId]>,
     /// Whether the turn builds on what only the preferred account's connection remembers: then a penalty does not part them.
     pub anchored: bool,
+    /// What the operator decided.
+    pub policy: Policy,
+    /// Where the draw falls, 0..1, see [`Points`](super::Points).
+    pub point: f64,
 }
 
 /// The answer.
@@ -49,6 +53,11 @@ pub enum Decision {
     Exhausted {
         /// Epoch seconds of the earliest end of a block.
         resets_at: i64,
+        /// Why.
+        explanation: Explanation,
+    },
+    /// Those that could serve run as many turns as they may.
+    Busy {
         /// Why.
         explanation: Explanation,
     },
@@ -103,11 +112,11 @@ impl Sticky {
     }
 }
 
-/// Chooses an account for a turn. The preferred account serves while it can; otherwise accounts are drawn at random, weighted by remaining
-/// capacity over pressure: the plan's size times the unused share of the scarcest window, divided by one plus the turns in flight. Accounts under a
-/// penalty serve only where no other can.
+/// Chooses an account for a turn. The preferred account serves while it can; otherwise the strategy decides among the accounts of the best
+/// rank. By capacity, accounts are drawn weighted by remaining capacity over pressure: the plan's size times the unused share of the
+/// scarcest window, divided by one plus the turns in flight. Accounts under a penalty serve only where no other can.
 #[must_use]
-pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
+pub fn select(view: &View, ask: &Ask<'_>) -> Decision {
     // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better.
     let listed = view
         .accounts
@@ -115,38 +124,38 @@ pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
         .any(|account| lists(account, ask.model) == Some(true));
     let (incumbent, otherwise) = preference(view, ask, listed);
     let mut explanation = Explanation {
+        strategy: ask.policy.strategy,
         considered: u32::try_from(view.accounts.len()).unwrap_or(u32::MAX),
         ..Explanation::default()
     };
+    let mut standing = Standing::default();
     let mut draw = Draw::default();
-    let mut resets_at = None;
     for account in &view.accounts {
-        match consider(account, ask, listed) {
+        match consider(account, ask, listed, &mut standing) {
             Ok(candidate) => {
                 explanation.eligible += 1;
                 explanation.penalised += u32::from(candidate.penalised);
                 if incumbent.is_none_or(|incumbent| candidate.clearly_better_than(&incumbent)) {
-                    draw.offer(candidate, rng);
+                    draw.offer(candidate);
                 }
             }
-            Err(Refusal { exclusion, until }) => {
-                explanation.exclude(account.id, exclusion);
-                resets_at = resets_at.into_iter().chain(until).min();
-            }
+            Err(Refusal { exclusion, .. }) => explanation.exclude(account.id, exclusion),
         }
     }
-    let (chosen, sticky) = match (incumbent, draw.drawn) {
+    let (chosen, sticky) = match (incumbent, draw.at(ask.point)) {
         (Some(incumbent), None) => (incumbent, Sticky::Kept),
         (Some(incumbent), Some(better)) if incumbent.penalised => (better, Sticky::Detour),
         (Some(_), Some(better)) => (better, Sticky::Moved),
         (None, Some(drawn)) => (drawn, otherwise),
         (None, None) => {
-            let failed_elsewhere = explanation.excluded.count(Exclusion::Tried) > 0;
-            return match resets_at.filter(|_| !failed_elsewhere) {
+            return match standing.exhausted() {
                 Some(resets_at) => Decision::Exhausted {
                     resets_at,
                     explanation,
                 },
+                None if explanation.excluded.count(Exclusion::Busy) > 0 => {
+                    Decision::Busy { explanation }
+                }
                 None => Decision::Nobody { explanation },
             };
         }
@@ -171,24 +180,20 @@ pub fn select(view: &View, ask: &Ask<'_>, rng: &mut impl Rng) -> Decision {
 struct Candidate {
     account: AccountId,
     used: Option<f64>,
-    /// The plan's size relative to `plus`.
-    size: f64,
-    /// What is left of it.
+    /// What is left of it, where 1 is an unused `plus` account.
     capacity: f64,
     in_flight: u32,
     penalised: bool,
+    rank: Rank,
+    /// Of the best rank only the lowest are drawn from.
+    order: i64,
+    /// The share of the draw.
+    weight: f64,
 }
 
 impl Candidate {
     fn used(&self) -> f64 {
         self.used.unwrap_or(NEUTRAL_USED)
-    }
-
-    fn rank(&self) -> Rank {
-        Rank {
-            sound: !self.penalised,
-            left: self.capacity > 0.0,
-        }
     }
 
     /// Worth a cold cache. Both conditions on use keep conversations from wandering between accounts that are equally full.
@@ -207,8 +212,16 @@ impl Candidate {
 struct Rank {
     /// Not under a penalty.
     sound: bool,
-    /// Has capacity left.
-    left: bool,
+    /// What a turn would draw on.
+    left: Left,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    #[default]
+    Nothing,
+    Credits,
+    Capacity,
 }
 
 /// Why an account cannot serve, and for a block until when.
@@ -222,7 +235,12 @@ fn lists(account: &Account, model: &str) -> Option<bool> {
     account.models.as_ref().map(|models| models.contains(model))
 }
 
-fn consider(account: &Account, ask: &Ask<'_>, listed: bool) -> Result<Candidate, Refusal> {
+fn consider(
+    account: &Account,
+    ask: &Ask<'_>,
+    listed: bool,
+    standing: &mut Standing,
+) -> Result<Candidate, Refusal> {
     let refuse = |exclusion, until| Err(Refusal { exclusion, until });
     if ask
         .allowed
@@ -230,27 +248,68 @@ fn consider(account: &Account, ask: &Ask<'_>, listed: bool) -> Result<Candidate,
     {
         return refuse(Exclusion::NotGranted, None);
     }
-    match status(account, ask.family, ask.now) {
+    let status = status(account, ask.family, ask.now);
+    if matches!(status, Status::Active | Status::RateLimited { .. })
+        && listed
+        && lists(account, ask.model) == Some(false)
+    {
+        return refuse(Exclusion::NoModel, None);
+    }
+    standing.add(&status);
+    let cap = ask.policy.turns_per_account;
+    match status {
         Status::Paused => refuse(Exclusion::Paused, None),
         Status::ReauthRequired => refuse(Exclusion::ReauthRequired, None),
         Status::Deactivated => refuse(Exclusion::Deactivated, None),
-        _ if listed && lists(account, ask.model) == Some(false) => refuse(Exclusion::NoModel, None),
         Status::RateLimited { until, .. } => refuse(Exclusion::Blocked, Some(until)),
         Status::Active if ask.tried.contains(&account.id) => refuse(Exclusion::Tried, None),
-        Status::Active => {
-            let used = scarcest_used(account, ask.family, ask.now);
-            let size = plan_weight(&account.plan);
-            let unused = 1.0 - used.unwrap_or(NEUTRAL_USED) / 100.0;
-            Ok(Candidate {
-                account: account.id,
-                used,
-                size,
-                capacity: size * unused.max(0.0),
-                in_flight: account.in_flight.load(Ordering::Relaxed),
-                penalised: account.penalty.lasts(ask.now)
-                    && !(ask.anchored && ask.sticky == Some(account.id)),
-            })
+        Status::Active if cap.is_some_and(|cap| account.load.in_flight() >= cap) => {
+            refuse(Exclusion::Busy, None)
         }
+        Status::Active => Ok(candidate(account, ask)),
+    }
+}
+
+fn candidate(account: &Account, ask: &Ask<'_>) -> Candidate {
+    let used = scarcest_used(account, ask.family, ask.now);
+    let capacity = account.weight * (1.0 - used.unwrap_or(NEUTRAL_USED) / 100.0).max(0.0);
+    let in_flight = account.load.in_flight();
+    let penalised =
+        account.load.penalty.lasts(ask.now) && !(ask.anchored && ask.sticky == Some(account.id));
+    let left = match account.credits {
+        _ if capacity > 0.0 => Left::Capacity,
+        Some(credits) if credits.usable() => Left::Credits,
+        _ => Left::Nothing,
+    };
+    // Where nothing is left, the plan's size counts.
+    let attraction = if left == Left::Capacity {
+        capacity
+    } else {
+        account.weight
+    };
+    let by_pressure = attraction / (1.0 + f64::from(in_flight));
+    let (order, weight) = match ask.policy.strategy {
+        // Of those that fail, the one that is to be tried again first.
+        _ if penalised => (account.load.penalty.ends_at(), 1.0),
+        Strategy::Capacity => (0, by_pressure),
+        Strategy::SoonestReset => {
+            let lost = next_loss(account, ask.family, ask.now);
+            (lost.map_or(i64::MAX, |at| at / SAME_RESET), by_pressure)
+        }
+        Strategy::RoundRobin => (account.load.last().cast_signed(), 1.0),
+    };
+    Candidate {
+        account: account.id,
+        used,
+        capacity,
+        in_flight,
+        penalised,
+        rank: Rank {
+            sound: !penalised,
+            left,
+        },
+        order,
+        weight,
     }
 }
 
@@ -262,10 +321,10 @@ fn preference(view: &View, ask: &Ask<'_>, listed: bool) -> (Option<Candidate>, S
     let Some(account) = view.accounts.iter().find(|account| account.id == id) else {
         return (None, Sticky::Moved);
     };
-    match consider(account, ask, listed) {
+    match consider(account, ask, listed, &mut Standing::default()) {
         Ok(incumbent) => (Some(incumbent), Sticky::Moved),
         Err(Refusal {
-            exclusion: Exclusion::Tried,
+            exclusion: Exclusion::Tried | Exclusion::Busy,
             ..
         }) => (None, Sticky::Detour),
         Err(Refusal {
@@ -275,37 +334,35 @@ fn preference(view: &View, ask: &Ask<'_>, listed: bool) -> (Option<Candidate>, S
     }
 }
 
-/// One weighted random draw over accounts that are offered one after the other, among those of the best rank. Where nothing is left, the
-/// plan's size is the weight.
+/// The accounts to draw from: those of the best rank and, of these, of the lowest order.
 #[derive(Default)]
 struct Draw {
-    drawn: Option<Candidate>,
-    rank: Rank,
-    total: f64,
+    best: Option<(Rank, i64)>,
+    candidates: Vec<Candidate>,
 }
 
 impl Draw {
-    fn offer(&mut self, candidate: Candidate, rng: &mut impl Rng) {
-        let rank = candidate.rank();
-        if rank < self.rank {
-            return;
+    fn offer(&mut self, candidate: Candidate) {
+        let (rank, order) = (candidate.rank, candidate.order);
+        let better = |best: (Rank, i64)| rank > best.0 || (rank == best.0 && order < best.1);
+        if self.best.is_none_or(better) {
+            self.best = Some((rank, order));
+            self.candidates.clear();
         }
-        if rank > self.rank {
-            *self = Self {
-                rank,
-                ..Self::default()
-            };
+        if self.best == Some((rank, order)) {
+            self.candidates.push(candidate);
         }
-        let attraction = if rank.left {
-            candidate.capacity
-        } else {
-            candidate.size
-        };
-        let weight = attraction / (1.0 + f64::from(candidate.in_flight));
-        self.total += weight;
-        if rng.random::<f64>() * self.total < weight {
-            self.drawn = Some(candidate);
-        }
+    }
+
+    /// Where `point` falls if each has its weight of 0..1.
+    fn at(&self, point: f64) -> Option<Candidate> {
+        let total: f64 = self.candidates.iter().map(|one| one.weight).sum();
+        let mut rest = point * total;
+        let mut drawn = self.candidates.iter().filter(|one| {
+            rest -= one.weight;
+            rest < 0.0
+        });
+        drawn.next().or_else(|| self.candidates.last()).copied()
     }
 }
 

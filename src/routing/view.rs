@@ -1,14 +1,9 @@
 //! What is known of the pool at one moment.
 
-use std::{
-    collections::BTreeSet,
-    fmt,
-    str::FromStr,
-    sync::{Arc, atomic::AtomicU32},
-};
+use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 
-use super::Penalty;
-use crate::ids::AccountId;
+use super::Load;
+use crate::{ids::AccountId, protocol::limits::Credits};
 
 /// The life of an account as operators and upstream's verdicts shape it; limits are no part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,7 +58,7 @@ impl FromStr for Lifecycle {
 #[error("unknown account status")]
 pub struct UnknownLifecycle;
 
-/// The pool as selection sees it. Immutable but for the counters and penalties of this process.
+/// The pool as selection sees it. Immutable but for the load of this process.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     /// Every account, in order of its id.
@@ -88,18 +83,20 @@ pub struct Account {
     pub id: AccountId,
     /// Only [`Lifecycle::Active`] may serve.
     pub lifecycle: Lifecycle,
-    /// Upstream's name of the plan, such as `plus` or `pro`; decides the relative capacity.
+    /// Upstream's name of the plan, such as `plus` or `pro`.
     pub plan: String,
+    /// The size of its windows relative to a `plus` account.
+    pub weight: f64,
     /// The last known windows of every family.
     pub windows: Vec<Window>,
     /// The blocks of every family; past ones may still be listed.
     pub blocks: Vec<Block>,
-    /// Slugs upstream lists for this account; `None` while unknown (then it may serve any).
+    /// What stands in for full windows, where known.
+    pub credits: Option<Credits>,
+    /// Slugs upstream lists for this account, or else for its plan; `None` while unknown (then it may serve any).
     pub models: Option<Arc<BTreeSet<String>>>,
-    /// Turns that this process runs at the account now.
-    pub in_flight: Arc<AtomicU32>,
-    /// What this process holds against it.
-    pub penalty: Arc<Penalty>,
+    /// What this process does there now.
+    pub load: Arc<Load>,
 }
 
 /// One quota window of one family.

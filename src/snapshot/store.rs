@@ -19,7 +19,8 @@ statements! { "snapshot";
         select lease_id, account_id, model, complete from response_snapshots s where scope_id = $1 and response_id = $2
             and not (select ", expired!(), " from response_snapshots where chain_id = s.chain_id)");
 
-    /// From the newest link to the root; the rows only if it arrives there. A cycle has no root, and a gap ends before it.
+    /// From the newest link to the root; the rows only if it arrives there. A cycle has no root, and a gap ends before it. What a turn
+    /// wrote during a merge of accounts is the merged account's.
     CHAIN: [UUID, TEXT, INT4, INT8] = concat!("
         with recursive walk as (
             select 1 depth, bytes::bigint total, s.* from response_snapshots s
@@ -30,7 +31,9 @@ statements! { "snapshot";
             join response_snapshots s on (s.scope_id, s.response_id, s.chain_id) = ($1, w.parent_response_id, w.chain_id)
             where not w.is_root and w.depth < $3 and s.complete and w.total + s.bytes <= $4
         )
-        select response_id, chain_id, lease_id, account_id, bytes, body from walk
+        select response_id, chain_id, lease_id,
+            coalesce((select to_id from account_merges where from_id = account_id), account_id), bytes, body
+        from walk
         where exists (select from walk where is_root) order by depth desc");
 
     /// Whole chains. A link that a turn adds at this moment is left alone; without its root it cannot be told, and expires.

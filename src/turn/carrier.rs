@@ -79,6 +79,13 @@ impl Carrier {
         }
     }
 
+    /// The account of the open socket has another name since it was merged: the seat is the same, and so is what its socket remembers.
+    pub(super) fn rename(&mut self, canonical: impl FnOnce(AccountId) -> AccountId) {
+        if let Self::Socket(Some(line)) = self {
+            line.account = canonical(line.account);
+        }
+    }
+
     /// Whether upstream would know this response id.
     pub(super) fn remembers(&self, response_id: &str) -> bool {
         matches!(self, Self::Socket(Some(line)) if line.head.as_deref() == Some(response_id))

@@ -83,6 +83,7 @@ enum Ended {
     Nobody {
         why: String,
     },
+    Busy,
     PreviousResponseNotFound,
     Rejected(Reject, Option<Duration>),
     Invalid {
@@ -107,6 +108,7 @@ impl From<End> for Ended {
             }
             Stop::Exhausted { resets_at } => Self::Exhausted { resets_at },
             Stop::Nobody { why } => Self::Nobody { why },
+            Stop::Busy => Self::Busy,
             Stop::PreviousResponseNotFound => Self::PreviousResponseNotFound,
             Stop::Rejected(reject, wait) => Self::Rejected(reject, wait),
             Stop::Invalid(invalid) => Self::Invalid {
@@ -127,6 +129,7 @@ impl From<Ended> for End {
             Ended::Upstream(failure, json) => Stop::Upstream(*failure, json.map(Event::from_json)),
             Ended::Exhausted { resets_at } => Stop::Exhausted { resets_at },
             Ended::Nobody { why } => Stop::Nobody { why },
+            Ended::Busy => Stop::Busy,
             Ended::PreviousResponseNotFound => Stop::PreviousResponseNotFound,
             Ended::Rejected(reject, wait) => Stop::Rejected(reject, wait),
             Ended::Invalid { message, param } => Stop::Invalid(Box::new(Invalid {
@@ -344,6 +347,7 @@ fn ask(engine: &Arc<Inner>, call: Call, held: Held) -> Result<(Ask, LeaseId), Re
         turn_state: details.turn_state.map(Bytes::from),
         line: None,
         forwarded: None,
+        sent: false,
         held,
         arrived: Instant::now(),
     };

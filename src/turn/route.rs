@@ -76,8 +76,6 @@ struct Router {
     hurried: bool,
     /// The owner was asked and refused, or the lease could not be taken for a socket.
     asked: bool,
-    /// The turn went to a peer that gave no answer.
-    sent: bool,
 }
 
 impl Router {
@@ -99,7 +97,6 @@ impl Router {
             again: false,
             hurried: false,
             asked: false,
-            sent: false,
         }
     }
 
@@ -266,7 +263,7 @@ impl Router {
         let sent = if elsewhere && peers.is_some_and(|peers| peers.is_spared(&row.owner)) {
             hop::Sent::Silent
         } else {
-            self.sent = true;
+            self.ask.sent = true;
             hop::forward(&self.engine, &mut self.ask, &self.out, row).await
         };
         match sent {
@@ -299,8 +296,7 @@ impl Router {
 
     /// Postgres went away between two statements.
     async fn without_postgres(self) -> Option<Self> {
-        if self.sent {
-            // The owner may have begun it: only the ledger can tell.
+        if self.ask.sent {
             let why = bridge(Outcome::MetadataUnavailable, "postgres_away");
             let wait = Some(Duration::from_secs(1));
             self.refuse(Reject::MetadataUnavailable, why, wait);
@@ -337,8 +333,7 @@ impl Router {
                 };
                 let mut back =
                     Self::new(&self.engine, job.ask, job.out, job.running, self.forwarded);
-                (back.again, back.hurried) = (self.again, self.hurried);
-                (back.asked, back.sent) = (self.asked, self.sent);
+                (back.again, back.hurried, back.asked) = (self.again, self.hurried, self.asked);
                 if full {
                     let why = bridge(Outcome::Overloaded, "queue_full");
                     back.refuse(Reject::Overloaded, why, Some(Duration::from_secs(1)));

@@ -1,6 +1,7 @@
 //! Runs one turn: choose, reserve, send, relay, settle; again at another account where the table of failures says so.
 
 mod attempt;
+mod choose;
 mod history;
 mod settle;
 
@@ -11,7 +12,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use self::history::History;
+pub(super) use self::choose::Chooser;
+use self::{choose::Slot, history::History};
 use super::{
     Ask, Event, Inner, Item, Reject, Stop, Token, Transport,
     affinity::affinity,
@@ -28,7 +30,7 @@ use crate::{
         failure::{Class, Effect, Failure, Next, Phase, Tries, decide},
         limits::Family,
     },
-    routing::{self, Choice, Decision, Lifecycle, family_of},
+    routing::{Choice, Lifecycle, family_of},
     snapshot::Capture,
     telemetry,
     upstream::credential::Freshness,
@@ -126,6 +128,8 @@ struct Turn<'a> {
     capture: Option<Capture>,
     /// The newest choice.
     choice: Option<Choice>,
+    /// Its place there.
+    slot: Option<Slot<'a>>,
     /// Whether the conversation is only visiting the account that serves it.
     detour: bool,
     /// The attempt that runs.
@@ -254,6 +258,7 @@ impl<'a> Turn<'a> {
             tries: Tries::default(),
             key,
             choice: None,
+            slot: None,
             detour: false,
             seen: Seen::default(),
             first_event: None,
@@ -288,9 +293,12 @@ impl<'a> Turn<'a> {
             if self.out.is_closed() {
                 return Finish::Left;
             }
-            let account = match again.take() {
+            // Accounts may be merged at any moment.
+            let canonical = |account| self.engine.upstream.canonical(account);
+            carrier.rename(canonical);
+            let account = match again.take().map(canonical) {
                 Some(account) => account,
-                None => match self.choose(preferred) {
+                None => match self.choose(preferred).await {
                     Ok(account) => {
                         self.tries = Tries {
                             accounts: self.tries.accounts + 1,
@@ -299,7 +307,8 @@ impl<'a> Turn<'a> {
                         freshness = Freshness::Any;
                         account
                     }
-                    Err(stop) => return Finish::Stop(last_word(last, stop)),
+                    Err(Finish::Stop(stop)) => return Finish::Stop(last_word(last, stop)),
+                    Err(over) => return over,
                 },
             };
             if self.is_anchored() && carrier.account() != Some(account) {
@@ -396,40 +405,6 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// The account for the next attempt.
-    fn choose(&mut self, preferred: Option<AccountId>) -> Result<AccountId, Stop> {
-        let view = self.engine.upstream.view();
-        let model = &self.ask.request.facts.model;
-        let ask = routing::Ask {
-            now: self.now(),
-            model,
-            family: family_of(model),
-            sticky: preferred,
-            tried: &self.tried,
-            allowed: self.ask.caller.accounts(),
-            anchored: self.ask.request.facts.previous_response_id.is_some(),
-        };
-        match routing::select(&view, &ask, &mut rand::rng()) {
-            Decision::Use(choice) => {
-                let account = choice.account;
-                self.detour |= choice.sticky == routing::Sticky::Detour;
-                self.choice = Some(choice);
-                Ok(account)
-            }
-            Decision::Exhausted { resets_at, .. } => Err(Stop::Exhausted { resets_at }),
-            Decision::Nobody { explanation } => {
-                // Accounts that failed in this turn may all be at their limits by now: then that is what the client should read.
-                let ask = routing::Ask { tried: &[], ..ask };
-                match routing::select(&view, &ask, &mut rand::rng()) {
-                    Decision::Exhausted { resets_at, .. } => Err(Stop::Exhausted { resets_at }),
-                    _ => Err(Stop::Nobody {
-                        why: explanation.to_string(),
-                    }),
-                }
-            }
-        }
-    }
-
     /// Ends the attempt in the ledger. What upstream reported counts; a refusal came before any work; else it is unknown.
     fn end_attempt(
         &mut self,
@@ -473,6 +448,7 @@ impl<'a> Turn<'a> {
             Effect::Block { until } => {
                 let reason = failure.word();
                 let family = self.family(failure);
+                let account = self.engine.upstream.canonical(account);
                 self.engine.quota.block(account, &family, until, reason);
                 return self.engine.upstream.shows_block(account, &family).await;
             }
@@ -510,7 +486,7 @@ impl<'a> Turn<'a> {
 /// What the client is told when there is nothing left to try: the pool's exhaustion, else the last real failure.
 fn last_word(last: Option<(Failure, Option<Told>)>, otherwise: Stop) -> Stop {
     match (last, otherwise) {
-        (Some((failure, told)), Stop::Nobody { .. }) => Stop::upstream(failure, told),
+        (Some((failure, told)), Stop::Nobody { .. } | Stop::Busy) => Stop::upstream(failure, told),
         (_, otherwise) => otherwise,
     }
 }

@@ -5,13 +5,12 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::{Upstream, credential::Freshness};
+use super::{Upstream, usage::Unanswered};
 use crate::{
     account::Accounts,
     bus::{Bus, Topic},
     db,
     ids::AccountId,
-    routing::Lifecycle,
     task::Tasks,
 };
 
@@ -77,44 +76,20 @@ impl Upstream {
         order
     }
 
-    /// Reads the catalogue of every account that serves. What fails keeps its last good copy. True if nothing failed.
-    pub async fn refresh_models(&self) -> bool {
-        let mut all = true;
-        for account in &self.view().accounts {
-            if account.lifecycle == Lifecycle::Active
-                && let Err(why) = self.refresh_account(account.id).await
-            {
-                tracing::debug!(account_id = %account.id, why, "the models of an account are old");
-                all = false;
-            }
-        }
-        all
-    }
-
-    async fn refresh_account(&self, account: AccountId) -> Result<(), String> {
-        let credential = self
-            .credentials
-            .fresh(account, Freshness::Any)
-            .await
-            .map_err(|error| error.to_string())?;
+    /// Reads the catalogue of an account. What fails keeps its last good copy.
+    pub(super) async fn ask_models(&self, account: AccountId) -> Result<(), Unanswered> {
         let path = format!("/codex/models?client_version={CLIENT_VERSION}");
-        let (_, body) = self
-            .document(account, &credential, &path)
-            .await
-            .map_err(|failure| failure.to_string())?;
-        let catalogue: Value = serde_json::from_slice(&body).map_err(|_| "not JSON".to_owned())?;
+        let (body, _) = self.ask(account, &path).await?;
+        let catalogue: Value = serde_json::from_slice(&body).unwrap_or_default();
         let models = catalogue
             .get("models")
             .filter(|models| models.is_array())
-            .ok_or("no list of models")?;
-        self.accounts
-            .store_models(account, models)
-            .await
-            .map_err(|error| error.to_string())
+            .ok_or_else(|| Unanswered::new("not_understood"))?;
+        Ok(self.accounts.store_models(account, models).await?)
     }
 
     /// Ends when accounts were added or removed, at the latest after `patience`.
-    pub async fn accounts_changed(&self, patience: Duration) {
+    pub(super) async fn accounts_changed(&self, patience: Duration) {
         let mut view = self.view.clone();
         let known: Vec<AccountId> = view
             .borrow_and_update()

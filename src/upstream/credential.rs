@@ -1,14 +1,14 @@
 //! Tokens that upstream takes, for every account of the pool.
 //!
 //! Opened credentials are kept in memory until something about accounts changes. A refresh token can be spent once: however many callers
-//! need fresh tokens, one task per account exchanges it, outlives the callers, and stores the result before anybody uses it. Rows carry a
-//! generation; whoever lost a race adopts the newer one. It knows accounts, not requests, and what happens to an account whose login was
+//! need fresh tokens, on however many replicas, one task exchanges it under a claim, outlives the callers, and stores the result before
+//! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what happens to an account whose login was
 //! refused is decided by the generation that was refused.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{
@@ -17,12 +17,13 @@ use futures_util::{
 };
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
+use uuid::Uuid;
 
 use super::oauth::{self, RefreshError};
 use crate::{
-    account::{self, Accounts, Stored, Tokens},
+    account::{self, Accounts, Claim, Stored, Tokens},
     bus::{Bus, Topic},
-    db::Clock,
+    db::{self, Clock},
     ids::AccountId,
     routing::Lifecycle,
     task::Tasks,
@@ -36,6 +37,11 @@ const AGE: SignedDuration = SignedDuration::from_hours(8 * 24);
 const MARGIN: SignedDuration = SignedDuration::from_secs(30);
 /// After an exchange that did not help there is no other for this long.
 const PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How long an exchange stays one replica's after that has died; a living one renews its claim.
+const CLAIM: Duration = Duration::from_secs(5);
+/// How often a replica looks whether the exchange of another has ended, and how long it does.
+const LOOK: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a refused replica waits for a peer that may have won the exchange to store its result.
 const RIVAL: Duration = Duration::from_secs(1);
 /// Between two tries to store fresh tokens, doubled each time.
@@ -146,6 +152,22 @@ impl Credentials {
     }
 }
 
+impl Credentials {
+    /// Refreshes what is due, also of accounts that nobody uses and of paused ones: a login that is left alone ends.
+    ///
+    /// # Errors
+    /// If the database cannot be asked which are due; what became of each is logged where it happened.
+    pub async fn keep_fresh(&self) -> Result<(), db::Error> {
+        let due = self.0.accounts.due(LEAD.unsigned_abs(), AGE.unsigned_abs());
+        for account in due.await? {
+            if let Err(error) = self.fresh(account, Freshness::Any).await {
+                tracing::debug!(account_id = %account, %error, "an account's login is not kept fresh");
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Freshness {
     fn accepts(self, generation: i64) -> bool {
         match self {
@@ -233,7 +255,7 @@ impl Inner {
         slot.opened
             .take_if(|opened| !freshness.accepts(opened.credential.generation));
         if let Some(opened) = &slot.opened {
-            let failed = slot.failed_lately(opened.credential.generation, now);
+            let failed = failed_lately(slot.failed, opened.credential.generation, now);
             if now < opened.refresh_at || (failed && now < opened.usable_until) {
                 return Look::Here(Arc::clone(&opened.credential));
             }
@@ -281,22 +303,53 @@ impl Inner {
         Ok(credential)
     }
 
-    /// Spends the stored refresh token, and yields what is stored afterwards: always a newer generation.
+    /// Has the stored refresh token spent, by this replica or by another, and yields what is stored afterwards: always a newer generation.
     async fn exchange(
         &self,
         account: AccountId,
         stored: &Stored,
     ) -> Result<Opened, CredentialError> {
-        let generation = stored.generation;
-        let now = self.clock.now();
-        if self
-            .known()
-            .slots
-            .get(&account)
-            .is_some_and(|slot| slot.failed_lately(generation, now))
-        {
-            return Err(CredentialError::Transient);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.clock.now();
+            let slot = self.known().slots.get(&account).map(|slot| slot.failed);
+            if failed_lately(slot.flatten(), stored.generation, now) {
+                return Err(CredentialError::Transient);
+            }
+            let claimed = self.accounts.claim(stored.id, CLAIM).await;
+            let claim = claimed.map_err(|error| CredentialError::Db(Arc::new(error.into())))?;
+            // Only what is read under the claim may be spent: a peer may have done it since.
+            let after = self.read(account).await;
+            match (claim, after) {
+                (Claim::Mine(claim), Ok(after)) if after.generation == stored.generation => {
+                    let spent = self.spend(account, &after, claim);
+                    return self.claimed(stored.id, claim, spent).await;
+                }
+                (claim, after) => {
+                    if let Claim::Mine(claim) = claim {
+                        self.give_back(stored.id, claim, Ok(())).await;
+                    }
+                    let after = after?;
+                    if after.generation > stored.generation {
+                        return Ok(Opened::new(&after));
+                    }
+                    if claim == Claim::Failed || Instant::now() > deadline {
+                        return Err(CredentialError::Transient);
+                    }
+                }
+            }
+            tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Spends a refresh token whose exchange is ours.
+    async fn spend(
+        &self,
+        account: AccountId,
+        stored: &Stored,
+        claim: Uuid,
+    ) -> Result<Opened, CredentialError> {
+        let (id, generation) = (stored.id, stored.generation);
         let ask = || oauth::refresh(&self.client, &self.auth_url, &stored.refresh);
         let mut answer = ask().await;
         if matches!(
@@ -308,29 +361,62 @@ impl Inner {
         ) {
             answer = ask().await;
         }
-        match answer {
-            Ok(tokens) => self.store(account, generation, &tokens).await?,
+        let ended = match answer {
+            Ok(tokens) => self.store(id, generation, &tokens).await,
             Err(RefreshError::Refused { code, lifecycle }) => {
                 tokio::time::sleep(RIVAL).await;
                 let noted = self
                     .accounts
-                    .set_lifecycle(account, lifecycle, &code, generation);
+                    .set_lifecycle(id, lifecycle, &code, generation);
                 if let Err(error) = noted.await {
-                    tracing::warn!(account_id = %account, %error, "cannot note that a login was refused");
+                    tracing::warn!(account_id = %id, %error, "cannot note that a login was refused");
                 }
+                Ok(())
             }
             Err(error @ RefreshError::Transient { .. }) => {
-                tracing::warn!(account_id = %account, %error, "cannot refresh an account's tokens");
+                tracing::warn!(account_id = %id, %error, "cannot refresh an account's tokens");
                 let until = self.clock.now() + PAUSE;
                 self.known().slots.entry(account).or_default().failed = Some((generation, until));
-                return Err(CredentialError::Transient);
+                Err(CredentialError::Transient)
             }
-        }
+        };
+        self.give_back(id, claim, ended.as_ref().copied().map_err(drop))
+            .await;
+        ended?;
         let after = self.read(account).await?;
         if after.generation > generation {
             Ok(Opened::new(&after))
         } else {
             Err(CredentialError::LoginRequired)
+        }
+    }
+
+    /// Keeps a claim while work goes on.
+    async fn claimed<T>(&self, id: AccountId, claim: Uuid, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(CLAIM / 3) => {
+                    if let Err(error) = self.accounts.renew_claim(id, claim, CLAIM).await {
+                        tracing::debug!(account_id = %id, %error, "a claim of a refresh token may end early");
+                    }
+                }
+            }
+        }
+    }
+
+    /// A claim that cannot be given back ends by itself.
+    async fn give_back(&self, id: AccountId, claim: Uuid, helped: Result<(), ()>) {
+        let given = match helped {
+            Ok(()) => self.accounts.unclaim(id, claim).await,
+            Err(()) => {
+                let pause = PAUSE.unsigned_abs();
+                self.accounts.unclaim_failed(id, claim, pause).await
+            }
+        };
+        if let Err(error) = given {
+            tracing::debug!(account_id = %id, %error, "a claim of a refresh token is left to end");
         }
     }
 
@@ -394,11 +480,9 @@ impl Inner {
     }
 }
 
-impl Slot {
-    fn failed_lately(&self, generation: i64, now: Timestamp) -> bool {
-        self.failed
-            .is_some_and(|(failed, until)| failed == generation && now < until)
-    }
+/// Whether the exchange of a generation did not help a moment ago.
+fn failed_lately(failed: Option<(i64, Timestamp)>, generation: i64, now: Timestamp) -> bool {
+    failed.is_some_and(|(failed, until)| failed == generation && now < until)
 }
 
 /// Ends a flight, also by a panic.

@@ -3,6 +3,8 @@
 //! It knows neither accounts nor their rows. A refresh token may be spent by the exchange even if no answer comes back, so whoever calls
 //! must know whether the request left: only one that did not may be sent again. No token ever reaches an error or a log line.
 
+pub mod login;
+
 use std::time::Duration;
 
 use http::StatusCode;
@@ -116,22 +118,31 @@ fn refused(status: StatusCode, body: &[u8]) -> RefreshError {
     let error = ErrorBody::parse(body).unwrap_or_default();
     let unknown = error.code.as_ref().map(|_| Lifecycle::ReauthRequired);
     let code = error.code.or(error.kind).unwrap_or_default();
-    let code = code.to_ascii_lowercase();
-    let letter = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
-    let plain = !code.is_empty() && code.len() <= CODE_CHARS && code.bytes().all(letter);
+    let code = plain(&code).unwrap_or_default();
     let judged = matches!(
         status,
         StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
     );
     let known = CODES.iter().find(|(name, _)| *name == code);
     let lifecycle = known.map_or(unknown, |(_, lifecycle)| *lifecycle);
-    match lifecycle.filter(|_| judged && plain) {
+    match lifecycle.filter(|_| judged && !code.is_empty()) {
         Some(lifecycle) => RefreshError::Refused { code, lifecycle },
-        None => {
-            let code = if plain { &code } else { "" };
-            transient(format!("{} {code}", status.as_u16()).trim_end())
-        }
+        None => transient(format!("{} {code}", status.as_u16()).trim_end()),
     }
+}
+
+/// The code of a refusal, or nothing.
+fn code_of(body: &[u8]) -> String {
+    let error = ErrorBody::parse(body).unwrap_or_default();
+    let code = error.code.or(error.kind);
+    code.and_then(|code| plain(&code)).unwrap_or_default()
+}
+
+/// A text that is believed to be a code: nothing that could be a secret, or more than a word.
+fn plain(code: &str) -> Option<String> {
+    let code = code.to_ascii_lowercase();
+    let letter = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
+    (!code.is_empty() && code.len() <= CODE_CHARS && code.bytes().all(letter)).then_some(code)
 }
 
 fn transient(reason: &str) -> RefreshError {

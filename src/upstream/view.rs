@@ -1,8 +1,8 @@
 //! Keeps the routing [`View`] up to date: accounts when the bus says so, quota whenever this replica learns something.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Arc, atomic::AtomicU32},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use crate::{
     db,
     ids::AccountId,
     quota::Quota,
-    routing::{Account, Penalty, View},
+    routing::{Account, Load, View, Weights},
     task::Tasks,
 };
 
@@ -23,19 +23,24 @@ const THROTTLE: Duration = Duration::from_millis(20);
 /// After the database could not be asked.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Builds the first view and starts the task that keeps it.
+/// Which accounts were merged into which.
+pub(super) type Merges = Arc<HashMap<AccountId, AccountId>>;
+
+/// Builds the first view and starts the task that keeps it. An account is not missing from the view before its merge is known.
 pub(super) async fn keep(
     accounts: Accounts,
     quota: Quota,
+    weights: Weights,
     bus: &Bus,
     tasks: &Tasks,
-) -> Result<watch::Receiver<Arc<View>>, db::Error> {
+) -> Result<(watch::Receiver<Arc<View>>, watch::Receiver<Merges>), db::Error> {
     let mut moved = bus.subscribe(Topic::Accounts);
     let mut models = bus.subscribe(Topic::Models);
     let mut observed = quota.changed();
     let mut entries = accounts.load_all().await?;
+    let (merges, merged) = watch::channel(Arc::new(accounts.merges().await?));
     let mut kept = HashMap::new();
-    let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &mut kept)));
+    let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &weights, &mut kept)));
     let stop = tasks.stopping();
     tasks.essential("view", async move {
         let follow = async {
@@ -48,39 +53,50 @@ pub(super) async fn keep(
                     () = tokio::time::sleep(PAUSE), if stale => {}
                 }
                 if stale {
-                    match accounts.load_all().await {
-                        Ok(read) => (entries, stale) = (read, false),
+                    let read = async {
+                        let entries = accounts.load_all().await?;
+                        Ok::<_, db::Error>((entries, accounts.merges().await?))
+                    };
+                    match read.await {
+                        Ok((read, moves)) => {
+                            (entries, stale) = (read, false);
+                            merges.send_replace(Arc::new(moves));
+                        }
                         Err(error) => tracing::warn!(%error, "the view of the pool is old"),
                     }
                 }
-                sender.send_replace(Arc::new(build(&entries, &quota, &mut kept)));
+                sender.send_replace(Arc::new(build(&entries, &quota, &weights, &mut kept)));
                 tokio::time::sleep(THROTTLE).await;
             }
         };
         stop.run_until_cancelled(follow).await;
     });
-    Ok(receiver)
+    Ok((receiver, merged))
 }
 
-/// What is carried from snapshot to snapshot: the turns in flight and what is held against the account.
-type Kept = (Arc<AtomicU32>, Arc<Penalty>);
-
-/// One snapshot.
-fn build(entries: &[AccountEntry], quota: &Quota, kept: &mut HashMap<AccountId, Kept>) -> View {
+/// One snapshot; `kept` is carried from one to the next.
+fn build(
+    entries: &[AccountEntry],
+    quota: &Quota,
+    weights: &Weights,
+    kept: &mut HashMap<AccountId, Arc<Load>>,
+) -> View {
+    let plans = models_of_plans(entries);
     let accounts: BTreeMap<AccountId, Account> = entries
         .iter()
         .map(|entry| {
             let (windows, blocks) = quota.snapshot(entry.id);
-            let (in_flight, penalty) = kept.entry(entry.id).or_default().clone();
+            let of_plan = || plans.get(entry.plan.as_str()).cloned();
             let account = Account {
                 id: entry.id,
                 lifecycle: entry.lifecycle,
                 plan: entry.plan.clone(),
+                weight: weights.of(&entry.plan),
                 windows,
                 blocks,
-                models: entry.models.clone(),
-                in_flight,
-                penalty,
+                credits: quota.credits(entry.id),
+                models: entry.models.clone().or_else(of_plan),
+                load: Arc::clone(kept.entry(entry.id).or_default()),
             };
             (entry.id, account)
         })
@@ -88,5 +104,56 @@ fn build(entries: &[AccountEntry], quota: &Quota, kept: &mut HashMap<AccountId, 
     kept.retain(|id, _| accounts.contains_key(id));
     View {
         accounts: accounts.into_values().collect(),
+    }
+}
+
+/// What the accounts of each plan list together: what an account may serve whose own catalogue has not come yet.
+fn models_of_plans(entries: &[AccountEntry]) -> HashMap<&str, Arc<BTreeSet<String>>> {
+    let mut plans: HashMap<&str, Arc<BTreeSet<String>>> = HashMap::new();
+    for entry in entries {
+        let Some(models) = &entry.models else {
+            continue;
+        };
+        plans
+            .entry(&entry.plan)
+            .and_modify(|known| {
+                if !models.is_subset(known) {
+                    Arc::make_mut(known).extend(models.iter().cloned());
+                }
+            })
+            .or_insert_with(|| Arc::clone(models));
+    }
+    plans
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::Lifecycle;
+
+    #[test]
+    fn an_account_without_a_catalogue_may_serve_what_its_plan_lists() {
+        let entry = |plan: &str, models: Option<&[&str]>| AccountEntry {
+            id: AccountId::new(),
+            lifecycle: Lifecycle::Active,
+            plan: plan.into(),
+            models: models.map(|models| Arc::new(models.iter().map(|&m| m.to_owned()).collect())),
+        };
+        let entries = [
+            entry("pro", Some(&["a"])),
+            entry("pro", None),
+            entry("plus", Some(&["b"])),
+            entry("pro", Some(&["a", "c"])),
+            entry("free", None),
+        ];
+        let plans = models_of_plans(&entries);
+        let of = |plan| {
+            plans
+                .get(plan)
+                .map(|models| models.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        assert_eq!(of("pro"), Some(vec!["a", "c"]));
+        assert_eq!(of("plus"), Some(vec!["b"]));
+        assert_eq!(of("free"), None);
     }
 }

@@ -99,6 +99,22 @@ async fn the_command_takes_a_login_over_and_gives_nothing_away() {
 
     let refused = run(&["pause", "work"], "").await.unwrap_err();
     assert!(refused.contains("work"), "{refused}");
+
+    // An export of several: what can be read is taken, the rest says why not.
+    let encrypted = json!({ "id": "ws_2", "access_token_encrypted": "gAAA" });
+    let whole: Value = serde_json::from_str(&file).unwrap();
+    let account = json!({ "alias": "exported", "status": "paused" });
+    let export = json!([{ "account": account, "codexAuthJson": whole }, encrypted]).to_string();
+    let why = run(&["import", "-"], &export).await.unwrap_err();
+    assert!(why.contains("1 of 2 entries"), "{why}");
+    run(&["import", "-", "--label", "two"], &export)
+        .await
+        .unwrap_err();
+    let listed = run(&["list", "--json"], "").await.unwrap();
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+    assert_eq!(listed[0]["label"], "exported");
+    run(&["delete", "exported"], "").await.unwrap();
     for input in [
         r#"{"OPENAI_API_KEY":"sk-secret"}"#,
         "rt_secret",

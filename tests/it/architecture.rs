@@ -21,13 +21,14 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("replica", &["db", "bus", "task"]),
     ("account", &["db", "bus", "task"]),
     ("quota", &["db", "bus", "task"]),
+    ("poll", &["db"]),
     ("api_key", &["db", "bus", "task"]),
     ("ledger", &["db", "bus", "task"]),
     ("lease", &["db", "bus"]),
     ("snapshot", &["config", "db", "bus", "task"]),
     (
         "upstream",
-        &["config", "db", "bus", "task", "account", "quota"],
+        &["config", "db", "bus", "task", "account", "poll", "quota"],
     ),
     ("forward", &["db", "task"]),
     (

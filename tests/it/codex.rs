@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use loadtest::upstream::{Fault, Kind, Stage};
+use serde_json::json;
 
 use crate::support::{
     codex::{Codex, WIRES, Wire},
-    house::House,
+    house::{House, Plan},
 };
 
 const ACCOUNTS: &[&str] = &["alice", "bob", "carol"];
@@ -209,8 +210,38 @@ async fn an_exhausted_pool_is_the_usage_limit_sentence() {
         assert!(!run.success);
         let last = run.errors().pop().unwrap();
         assert!(last.contains("usage limit"), "{wire:?}: {last}");
+        // The first account that returns is the one that counts, to the minute.
+        let query = "
+            select to_char(min(blocked_until) at time zone 'UTC', 'FMHH12:MI AM') from quota_blocks";
+        let row = house.client.query_one(query, &[]).await.unwrap();
+        let time: String = row.get(0);
+        assert!(last.contains(&time), "{wire:?}: {time} is not in {last}");
         in_order(&house).await;
     }
+}
+
+#[tokio::test]
+async fn the_status_of_a_cli_with_a_login_shows_the_pools_windows() {
+    let house = House::planned(Plan {
+        accounts: ACCOUNTS,
+        key: false,
+        ..Plan::default()
+    })
+    .await;
+    house.learn_limits().await;
+    // A login of its own, which the pool does not know and which is told to nobody.
+    let login = house.upstream.account("visitor").auth_json();
+    let codex = Codex::with_login(&house.url(""), &login);
+    let mut server = codex.app_server().await;
+    let limits = server.call("account/rateLimits/read", json!(null)).await;
+    let shown = &limits["rateLimits"];
+    for (slot, used, minutes) in [("primary", 12, 300), ("secondary", 20, 10_080)] {
+        let window = &shown[slot];
+        assert_eq!(window["usedPercent"], used, "{limits}");
+        assert_eq!(window["windowDurationMins"], minutes, "{limits}");
+        assert!(window["resetsAt"].as_i64() > Some(jiff::Timestamp::now().as_second()));
+    }
+    assert_eq!(shown["planType"], "plus", "{limits}");
 }
 
 #[tokio::test]

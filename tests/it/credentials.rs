@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{Json, Router, http::StatusCode, routing::post};
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use drawbridge::{
-    account::{Accounts, AuthFile},
+    account::{Accounts, AuthFile, Claim},
     bus::Bus,
     ids::AccountId,
     routing::Lifecycle,
@@ -415,4 +415,91 @@ async fn a_new_login_brings_an_account_back_everywhere() {
         Err(CredentialError::Unknown)
     ));
     assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn an_exchange_that_may_have_left_is_replayed_by_no_replica() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let other = Replica::start(&store, &accounts, &desk.url).await;
+    let asked = [&replica, &other].map(|replica| replica.ask(id, Freshness::NotGeneration(1)));
+    // The connection is cut: nobody knows whether the token is spent.
+    drop(desk.next().await);
+    for answer in asked {
+        let error = answer.await.unwrap().err().unwrap();
+        assert!(matches!(error, CredentialError::Transient), "{error}");
+    }
+    assert!(desk.is_quiet(), "neither tries again at once");
+    assert_eq!(state(&accounts).await.0, Lifecycle::Active);
+}
+
+#[tokio::test]
+async fn logins_that_are_due_are_refreshed_though_nobody_uses_them_and_failures_make_them_rare() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let day = Duration::from_secs(86_400);
+    let due = async || {
+        accounts
+            .due(Duration::from_secs(300), 8 * day)
+            .await
+            .unwrap()
+    };
+    accounts.pause(id).await.unwrap();
+    assert!(due().await.is_empty(), "fresh");
+    let old = "update account_credentials set refreshed_at = clock_timestamp() - interval '9 days'";
+    store.client.execute(old, &[]).await.unwrap();
+    assert_eq!(due().await, [id], "old");
+    end_in(&store, 4).await;
+    assert_eq!(due().await, [id], "about to end");
+
+    let keeping = async |desk: &mut Desk| {
+        let credentials = replica.credentials.clone();
+        let keeping = tokio::spawn(async move { credentials.keep_fresh().await });
+        (desk.next().await, keeping)
+    };
+    let (exchange, keeping_fresh) = keeping(&mut desk).await;
+    exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, "later");
+    keeping_fresh.await.unwrap().unwrap();
+    assert!(due().await.is_empty(), "not again for some minutes");
+    let soon =
+        "update refresh_claims set retry_at = clock_timestamp(), claimed_until = clock_timestamp()";
+    store.client.execute(soon, &[]).await.unwrap();
+    // This replica remembers for some seconds that it failed; another does not.
+    let other = Replica::start(&store, &accounts, &desk.url).await;
+    let credentials = other.credentials.clone();
+    let keeping_fresh = tokio::spawn(async move { credentials.keep_fresh().await });
+    let exchange = desk.next().await;
+    exchange.give(&SECOND, store.db.clock().now());
+    keeping_fresh.await.unwrap().unwrap();
+    assert!(due().await.is_empty());
+    assert_eq!(state(&accounts).await.0, Lifecycle::Paused);
+    let stored = accounts.credential(id).await.unwrap().unwrap();
+    assert_eq!(stored.generation, 2);
+}
+
+#[tokio::test]
+async fn a_claim_is_one_replicas_until_it_is_given_back_or_ends() {
+    let (store, accounts, id, _desk, _replica) = set_up().await;
+    let claim = async |time| accounts.claim(id, time).await.unwrap();
+    let minute = Duration::from_secs(60);
+    let racing = join_all((0..8).map(|_| accounts.claim(id, minute))).await;
+    let mut won = racing.into_iter().filter_map(|claim| match claim.unwrap() {
+        Claim::Mine(claim) => Some(claim),
+        other => {
+            assert_eq!(other, Claim::Theirs);
+            None
+        }
+    });
+    let first = won.next().unwrap();
+    assert_eq!(won.next(), None);
+    drop(won);
+    let end = "update refresh_claims set claimed_until = clock_timestamp() - interval '1 ms'";
+    store.client.execute(end, &[]).await.unwrap();
+    let Claim::Mine(second) = claim(minute).await else {
+        panic!("it had ended")
+    };
+    // Whoever had it can neither prolong nor end it any more.
+    accounts.renew_claim(id, first, minute).await.unwrap();
+    accounts.unclaim(id, first).await.unwrap();
+    assert_eq!(claim(minute).await, Claim::Theirs);
+    accounts.unclaim_failed(id, second, minute).await.unwrap();
+    assert_eq!(claim(minute).await, Claim::Failed);
 }

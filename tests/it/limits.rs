@@ -157,6 +157,15 @@ async fn a_pool_that_is_blocked_for_60_s_says_60_s() {
         assert!((50..=61).contains(&left), "{left}");
     }
     assert_eq!(house.upstream.attempts().len(), 1);
+    // The documents and the headers say the same, and that the window is not what stands in the way.
+    let usage = house.get("/api/codex/usage").send().await.unwrap();
+    let usage: Value = usage.json().await.unwrap();
+    let limit = &usage["rate_limit"];
+    assert_eq!(limit["limit_reached"], true);
+    assert_eq!(limit["allowed"], false);
+    assert_eq!(limit["primary_window"]["used_percent"], 40);
+    let models = house.get("/v1/models").send().await.unwrap();
+    assert_eq!(models.headers()["x-codex-primary-used-percent"], "40");
 }
 
 /// Runs the others, and beside them something large; yields what that came to and how many deltas the others had meanwhile.

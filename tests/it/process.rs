@@ -30,7 +30,7 @@ async fn works_from_first_start_to_last_command(home: Home) {
     let mut service = home.serve().await;
     let steps = service.logged("point Codex here").await;
     let log = service.log();
-    assert!(log.contains("drawbridge accounts import"), "{log}");
+    assert!(log.contains("drawbridge accounts login"), "{log}");
     assert!(log.contains("drawbridge keys create --name"), "{log}");
     let base = format!(
         "base_url = \"http://{}/backend-api/codex\"",

@@ -6,7 +6,7 @@ use drawbridge::{
     bus::{Bus, Topic},
     db::{Db, Endpoint, Stmt, migrate},
     ids::AccountId,
-    protocol::limits::{Family, Observation, Window, WindowSample},
+    protocol::limits::{Credits, Family, Observation, UsageReport, Window, WindowSample},
     quota::{self, Block, Quota, Sample, Source, merge_block, merge_window},
     task::Tasks,
 };
@@ -258,6 +258,81 @@ async fn an_observation_from_the_future_does_not_shut_out_the_present() {
     assert_eq!(later.snapshot(account).0[0].used_percent, 20.0);
 }
 
+#[tokio::test]
+async fn history_is_written_on_change_and_deleted_with_age() {
+    let account = AccountId::new();
+    let (test, db) = database(&[account]).await;
+    let client = test.connect().await;
+    let quota = Quota::read(&db).await.unwrap();
+    // Half a percent is no change; neither is the same again, nor what is older.
+    for (used, ago) in [
+        (10.0, 50),
+        (10.5, 40),
+        (11.0, 30),
+        (11.2, 20),
+        (3.0, 45),
+        (99.0, 10),
+    ] {
+        let began = Instant::now() - Duration::from_secs(ago);
+        quota.observe(account, &weekly(used), began, Source::Header);
+        quota.flush().await;
+    }
+    let history = async || -> Vec<f64> {
+        let query = "select used_percent from usage_history order by observed_at";
+        let rows = client.query(query, &[]).await.unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
+    };
+    assert_eq!(history().await, [10.0, 11.0, 99.0]);
+    let aged = "update usage_history set observed_at = observed_at - interval '40 days' where used_percent < 50";
+    client.batch_execute(aged).await.unwrap();
+    quota.purge(30).await.unwrap();
+    assert_eq!(history().await, [99.0]);
+}
+
+#[tokio::test]
+async fn credits_and_windows_that_are_gone_reach_the_other_replica() {
+    let account = AccountId::new();
+    let (_test, db) = database(&[account]).await;
+    let quota = Quota::read(&db).await.unwrap();
+    let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
+    quota.observe(account, &weekly(40.0), ago(60), Source::Header);
+    let credits = Credits {
+        has_credits: true,
+        unlimited: false,
+        balance: Some(7.5),
+    };
+    let monthly = WindowSample {
+        window: Window::Monthly,
+        window_minutes: 43_200,
+        ..weekly(5.0).windows[0]
+    };
+    let report = UsageReport {
+        observations: vec![Observation {
+            windows: vec![monthly],
+            credits: Some(credits),
+            ..Observation::default()
+        }],
+        ..UsageReport::default()
+    };
+    quota.report(account, &report, ago(30));
+    // What began before the answer does not bring the window back.
+    quota.observe(account, &weekly(41.0), ago(40), Source::Header);
+    quota.flush().await;
+    for known in [quota.clone(), Quota::read(&db).await.unwrap()] {
+        let minutes: Vec<u32> = known
+            .snapshot(account)
+            .0
+            .iter()
+            .map(|one| one.minutes)
+            .collect();
+        assert_eq!(minutes, [43_200]);
+        assert_eq!(known.credits(account), Some(credits));
+    }
+    // What began after it does.
+    quota.observe(account, &weekly(42.0), ago(10), Source::Header);
+    assert_eq!(quota.snapshot(account).0.len(), 2);
+}
+
 /// Past times, so that the database does not move them.
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + second).unwrap()
@@ -342,7 +417,13 @@ async fn samples_merge_in_sql_as_in_memory() {
     let mut states = Vec::new();
     for (observed_at, used_percent) in [(1, 10.0), (1, 20.0), (2, 10.0), (2, 20.0)] {
         for resets_at in [None, Some(5), Some(6)] {
-            for source in [Source::Error, Source::Event, Source::Header, Source::Poll] {
+            for source in [
+                Source::Error,
+                Source::Event,
+                Source::Header,
+                Source::Poll,
+                Source::Unlisted,
+            ] {
                 states.push(Sample {
                     used_percent,
                     resets_at: resets_at.map(|second| at(second).as_second()),

@@ -4,19 +4,22 @@ use std::path::{Path, PathBuf};
 
 use drawbridge::{
     account, api_key, bus,
-    db::{INSTALLATION_STATEMENTS, Stmt},
-    lease, ledger, quota, replica, snapshot,
+    db::{INSTALLATION_STATEMENTS, Stmt, dependents},
+    lease, ledger, poll, quota, replica, snapshot,
 };
 
 use crate::support::store::Store;
 
 /// The statements of each room that has a store.
-const STORES: [(&str, &[&Stmt]); 8] = [
+const STORES: [(&str, &[&Stmt]); 11] = [
     ("account", account::STATEMENTS),
+    ("account/flow", account::flow::STATEMENTS),
     ("api_key", api_key::STATEMENTS),
     ("bus", bus::STATEMENTS),
     ("lease", lease::STATEMENTS),
     ("ledger", ledger::STATEMENTS),
+    ("ledger/history", ledger::HISTORY_STATEMENTS),
+    ("poll", poll::STATEMENTS),
     ("quota", quota::STATEMENTS),
     ("replica", replica::STATEMENTS),
     ("snapshot", snapshot::STATEMENTS),
@@ -29,7 +32,8 @@ async fn the_schema_accepts_every_statement() {
     let all = STORES
         .iter()
         .flat_map(|(_, statements)| statements.iter())
-        .chain(INSTALLATION_STATEMENTS);
+        .chain(INSTALLATION_STATEMENTS)
+        .chain(dependents::STATEMENTS);
     for statement in all {
         let checked = connection.check(statement).await;
         assert!(checked.is_ok(), "{}: {checked:?}", statement.name);

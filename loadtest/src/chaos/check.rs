@@ -1,15 +1,17 @@
 //! Whether a history is one that the promises allow: pure functions, each of which the tests make fail.
 
 mod books;
+mod path;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use self::path::{Path, Paths, excuses};
 use super::{
-    history::{Call, End, History, Lease, Struck, Style, Turn, said, tag},
+    history::{self, Call, End, History, Lease, Sighting, Style, Turn, said, tag},
     plan::{Side, What},
 };
 
@@ -27,23 +29,6 @@ pub(super) fn violation(rule: &'static str, what: impl Into<String>) -> Violatio
     Violation { rule, what }
 }
 
-/// What faults may look like to a client.
-const ERRORS: [&str; 13] = [
-    "bridge_drain_active",
-    "bridge_owner_unreachable",
-    "cancelled",
-    "continuity_unavailable",
-    "no_accounts",
-    "rate_limit_exceeded",
-    "server_error",
-    "server_is_overloaded",
-    "upstream_error",
-    "upstream_premature_close",
-    "upstream_timeout",
-    "upstream_unavailable",
-    "usage_limit_reached",
-];
-
 /// That a conversation is not known any more.
 const FORGOTTEN: [&str; 4] = [
     "bridge_session_expired",
@@ -52,22 +37,21 @@ const FORGOTTEN: [&str; 4] = [
     "previous_response_not_found",
 ];
 
-/// How long after its end a fault may still be felt, in milliseconds: connections are made again, peers are met again.
-const ECHO: u64 = 5_000;
-
 /// Everything that is wrong.
 #[must_use]
 pub(super) fn check(history: &History) -> Vec<Violation> {
+    let paths = Paths::new(history);
     let mut found = Vec::new();
     found.extend(closed(&history.turns));
-    found.extend(booked_once(history));
-    found.extend(delivered(history));
-    found.extend(books::check(history));
+    found.extend(booked_once(&paths));
+    found.extend(delivered(&paths));
+    found.extend(books::check(&paths));
     found.extend(conversations(history));
-    found.extend(remembered(history));
-    found.extend(idle(&history.leases, &history.turns));
+    found.extend(remembered(&paths));
+    found.extend(idle(&history.leases));
     found.extend(fenced(history));
-    found.extend(errors(history));
+    found.extend(errors(&paths));
+    found.extend(healed(&history.calls));
     found.extend(strangers(&history.calls));
     let upstream = history.upstream_violations.iter();
     found.extend(upstream.map(|what| violation("upstream", what)));
@@ -82,10 +66,11 @@ fn closed(turns: &[Turn]) -> impl Iterator<Item = Violation> {
     open.map(|turn| violation("open_turn", &turn.id))
 }
 
-/// A retry is an attempt of its turn: it has a row of its own only if the row before it was complete, or not closed yet, or out of sight.
-fn booked_once(history: &History) -> Vec<Violation> {
+/// A retry is an attempt of its turn: it has a row of its own only if the row before it was complete, or not closed yet, or out of its
+/// replica's sight.
+fn booked_once(paths: &Paths<'_>) -> Vec<Violation> {
     let mut turns: BTreeMap<&str, Vec<&Turn>> = BTreeMap::new();
-    for turn in &history.turns {
+    for turn in &paths.history.turns {
         if let Some(client) = &turn.client_turn {
             turns.entry(client).or_default().push(turn);
         }
@@ -99,7 +84,7 @@ fn booked_once(history: &History) -> Vec<Violation> {
             let running = before
                 .settled
                 .is_none_or(|settled| settled + 50 >= after.born);
-            let blind = postgres_away(history, after.born, after.settled.unwrap_or(after.born));
+            let blind = paths.blind(&paths.of_turn(after));
             if !(complete || running || blind) {
                 let what = format!("{client}: {} and {}", before.id, after.id);
                 found.push(violation("booked_twice", what));
@@ -110,7 +95,8 @@ fn booked_once(history: &History) -> Vec<Violation> {
 }
 
 /// What a client got complete is what upstream said to this very message, and booked so.
-fn delivered(history: &History) -> Vec<Violation> {
+fn delivered(paths: &Paths<'_>) -> Vec<Violation> {
+    let history = paths.history;
     let answers: BTreeMap<&str, _> = history
         .attempts
         .iter()
@@ -127,8 +113,7 @@ fn delivered(history: &History) -> Vec<Violation> {
         let End::Completed { id, text } = &call.end else {
             continue;
         };
-        let dots = text.strip_prefix(&format!("echo: {}", call.tag));
-        if !dots.is_some_and(|dots| dots.chars().all(|char| char == '.')) {
+        if !answers_to(text, &call.tag) {
             let what = format!("{} was answered {text:?} in {id}", call.tag);
             found.push(violation("foreign_answer", what));
         }
@@ -141,13 +126,25 @@ fn delivered(history: &History) -> Vec<Violation> {
             found.push(violation("foreign_answer", what));
         }
         let rows = rows.get(id.as_str()).map_or(0, Vec::len);
-        let lost = rows == 0 && died_unseen(history, call.began, call.ended);
+        let lost = rows == 0 && paths.died_unseen(&paths.of(call));
         if rows != 1 && !lost {
             let what = format!("{} got {id}, which has {rows} rows", call.tag);
             found.push(violation("delivered_unbooked", what));
         }
     }
     found
+}
+
+/// Whether a text is what upstream says to a message, or to a tool's output.
+fn answers_to(text: &str, tag: &str) -> bool {
+    if history::asked(tag) != tag {
+        return text == format!("tool said: {tag}");
+    }
+    if tag.contains("[tool") {
+        return text.starts_with("call: ");
+    }
+    let dots = text.strip_prefix(&format!("echo: {tag}"));
+    dots.is_some_and(|dots| dots.chars().all(|char| char == '.'))
 }
 
 /// Upstream sees exactly the conversation that the client meant.
@@ -190,14 +187,19 @@ fn difference(meant: &[String], seen: &[String]) -> String {
     )
 }
 
-/// What was delivered complete can be continued.
-fn remembered(history: &History) -> Vec<Violation> {
+/// What was delivered complete can be continued, on any replica, once it is booked: the terminal event waits two seconds for that, no longer.
+fn remembered(paths: &Paths<'_>) -> Vec<Violation> {
+    let history = paths.history;
     let mut whole: BTreeMap<(usize, &str), &Call> = BTreeMap::new();
     for call in &history.calls {
         if let End::Completed { id, .. } = &call.end {
             whole.insert((call.key, id), call);
         }
     }
+    let rows = history.turns.iter();
+    let rows: BTreeMap<&str, &Turn> = rows
+        .filter_map(|turn| Some((turn.response.as_deref()?, turn)))
+        .collect();
     let mut found = Vec::new();
     for call in history.calls.iter().filter(|call| !call.intrudes) {
         let End::Failed { code, .. } = &call.end else {
@@ -206,20 +208,29 @@ fn remembered(history: &History) -> Vec<Violation> {
         if !FORGOTTEN.contains(&code.as_str()) {
             continue;
         }
-        // It repairs that without a word, so it is told nothing else.
-        if call.style == Style::CodexSocket && code == "previous_response_not_found" {
-            continue;
-        }
-        let parent = call.continues.as_deref();
-        let parent = parent.and_then(|id| whole.get(&(call.key, id)));
-        let blind = postgres_away(history, call.began, call.ended)
-            || parent.is_some_and(|parent| postgres_away(history, parent.began, parent.ended));
-        if !blind {
+        let chain = before(&whole, call);
+        let unbooked = chain.iter().any(|(id, parent)| match rows.get(id) {
+            Some(row) => row.settled.is_none_or(|settled| settled >= call.began),
+            None => parent.is_some_and(|parent| paths.died_unseen(&paths.of(parent))),
+        });
+        // Codex repairs that without a word, so it is told nothing else when its socket's memory is gone: for a reason.
+        let told = call.style == Style::CodexSocket && code == "previous_response_not_found";
+        let since = chain.first().and_then(|(_, parent)| *parent);
+        let moved = || {
+            let from = since.map_or(call.began, |parent| parent.began);
+            let path = Path {
+                from,
+                ..paths.of(call)
+            };
+            paths.met(&path, |what| unseats(what, &path))
+        };
+        let excused = unbooked || (told && moved());
+        if !excused {
             let what = format!(
                 "{code} for {} after {:?}, which was complete at {:?}, at {}..{}",
                 call.tag,
                 call.continues,
-                parent.map(|parent| parent.ended),
+                since.map(|parent| parent.ended),
                 call.began,
                 call.ended
             );
@@ -229,16 +240,53 @@ fn remembered(history: &History) -> Vec<Violation> {
     found
 }
 
-/// No lease is busy with a turn that is closed.
-fn idle(leases: &[Lease], turns: &[Turn]) -> Vec<Violation> {
-    let open = turns.iter().filter(|turn| turn.state == "open");
-    let open: BTreeSet<&str> = open.map(|turn| turn.request.as_str()).collect();
-    let busy = leases.iter().filter(|lease| {
-        let busy = lease.busy.as_deref();
-        busy.is_some_and(|request| !open.contains(request))
-    });
+/// What came before a call, newest first, up to what brought everything.
+fn before<'a>(
+    whole: &BTreeMap<(usize, &str), &'a Call>,
+    call: &'a Call,
+) -> Vec<(&'a str, Option<&'a Call>)> {
+    let mut next = call.continues.as_deref();
+    let mut chain = Vec::new();
+    while let Some(id) = next {
+        let parent = whole.get(&(call.key, id)).copied();
+        next = parent.and_then(|parent| parent.continues.as_deref());
+        chain.push((id, parent));
+    }
+    chain
+}
+
+/// Whether a fault may cost a session its socket, or its client its session.
+fn unseats(what: What, path: &Path) -> bool {
+    match what {
+        What::Redis | What::Edge(_, Side::Redis, _) | What::Slow(_) => false,
+        What::Postgres(_) | What::Account(..) => true,
+        What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, ..) => {
+            path.replicas.contains(&r)
+        }
+    }
+}
+
+/// No lease is busy for ever: its owner's turns have ended, and whoever claims it wipes what a dead owner left. So it is busy at the end only
+/// under a tombstone, or freed with it.
+fn idle(leases: &[Lease]) -> impl Iterator<Item = Violation> {
+    let busy = leases
+        .iter()
+        .filter(|lease| lease.busy.is_some() && lease.owner.is_some() && !lease.dead);
     busy.map(|lease| violation("busy_lease", format!("{lease:?}")))
-        .collect()
+}
+
+/// When everything has healed, every conversation goes on.
+fn healed(calls: &[Call]) -> impl Iterator<Item = Violation> {
+    let stuck = calls
+        .iter()
+        .filter(|call| call.healed && !matches!(call.end, End::Completed { .. }));
+    stuck.map(|call| {
+        let what = format!(
+            "{} ({:?}) at {:?}, {}: {:?}",
+            call.tag, call.style, call.entry, call.began, call.end
+        );
+        violation("stuck", what)
+    })
 }
 
 /// A generation belongs to one owner, and none comes back.
@@ -253,7 +301,7 @@ fn fenced(history: &History) -> Vec<Violation> {
             violation("two_owners", what)
         })
     };
-    for seen in &history.sightings {
+    for Sighting { lease: seen, .. } in &history.sightings {
         let before = newest.entry(&seen.id).or_insert(seen.generation);
         if seen.generation < *before {
             let what = format!("lease {}: {} after {before}", seen.id, seen.generation);
@@ -282,23 +330,31 @@ fn fenced(history: &History) -> Vec<Violation> {
     found
 }
 
-/// Errors are of a known kind and well-formed; a connection breaks only where the network or a process did.
-fn errors(history: &History) -> Vec<Violation> {
+/// An error is well-formed, and of a kind that a fault on the call's way explains; a connection breaks only where the network or a process
+/// did.
+fn errors(paths: &Paths<'_>) -> Vec<Violation> {
     let mut found = Vec::new();
-    for call in &history.calls {
+    for call in &paths.history.calls {
+        let path = paths.of(call);
         let at = || {
             format!(
-                "{} ({:?}) at {}..{}",
-                call.tag, call.style, call.began, call.ended
+                "{} ({:?}) by {:?} at {}..{}, {:?} {:?}",
+                call.tag,
+                call.style,
+                call.entry,
+                call.began,
+                call.ended,
+                path.replicas,
+                path.accounts
             )
         };
         match &call.end {
             End::Completed { .. } | End::Left => {}
             End::Failed { status, code, flaw } => {
-                let known = ERRORS.contains(&code.as_str())
-                    || FORGOTTEN.contains(&code.as_str())
+                let of_continuity = FORGOTTEN.contains(&code.as_str())
                     || (call.intrudes && code == "bridge_token_invalid");
-                if !known {
+                let excused = || paths.met(&path, |what| excuses(code, what, &path));
+                if !of_continuity && !excused() {
                     found.push(violation("error", format!("{status} {code} for {}", at())));
                 }
                 if let Some(flaw) = flaw {
@@ -310,14 +366,19 @@ fn errors(history: &History) -> Vec<Violation> {
             }
             End::Broken(how) => {
                 let breaks = |what| match what {
-                    What::Kill(_) | What::Pause(_) | What::Edge(_, Side::Clients, _) => true,
-                    // A socket is closed when its turn is over; a stream is finished.
-                    What::Drain(_) => {
-                        matches!(call.style, Style::CodexSocket | Style::ChainSocket)
+                    What::Kill(r) | What::Edge(r, Side::Clients, _) => {
+                        call.entry.is_none_or(|entry| entry == r)
                     }
+                    // A socket is closed when its turn is over; a stream is finished.
+                    What::Drain(r) => match call.style {
+                        Style::CodexSocket | Style::ChainSocket => {
+                            call.entry.is_none_or(|entry| entry == r)
+                        }
+                        _ => call.entry.is_none(),
+                    },
                     _ => false,
                 };
-                if !struck(history, call.began, call.ended, breaks) {
+                if !paths.met(&path, breaks) {
                     found.push(violation("broken", format!("{how} for {}", at())));
                 }
             }
@@ -337,25 +398,4 @@ fn strangers(calls: &[Call]) -> impl Iterator<Item = Violation> {
             format!("{} went on with {:?}", call.tag, call.continues),
         )
     })
-}
-
-/// Whether a fault of a kind was felt in a time.
-fn struck(history: &History, from: u64, to: u64, kind: impl Fn(What) -> bool) -> bool {
-    let felt = |fault: &Struck| fault.from <= to && from <= fault.to + ECHO;
-    history
-        .faults
-        .iter()
-        .any(|fault| felt(fault) && kind(fault.what))
-}
-
-/// Whether somebody could not reach Postgres.
-fn postgres_away(history: &History, from: u64, to: u64) -> bool {
-    let away = |what| matches!(what, What::Postgres(_) | What::Edge(_, Side::Postgres, _));
-    struck(history, from, to, away)
-}
-
-/// Whether a turn may be known to nobody: it ran while Postgres was away, and the process that was to record it died.
-fn died_unseen(history: &History, from: u64, to: u64) -> bool {
-    let dies = |what| matches!(what, What::Kill(_) | What::Drain(_));
-    postgres_away(history, from, to) && struck(history, from, to + 60_000, dies)
 }

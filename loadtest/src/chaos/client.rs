@@ -5,7 +5,10 @@ mod wire;
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,7 +20,7 @@ use tokio::{
 };
 
 use self::wire::{Reply, Socket};
-use super::history::{Call, End, Style, said};
+use super::history::{self, Call, End, Style, said};
 use crate::clock;
 
 const STYLES: [Style; 6] = [
@@ -35,8 +38,9 @@ const TRIES: u32 = 12;
 
 /// What all clients share.
 pub(super) struct Crowd {
-    /// The balancer.
-    pub(super) address: SocketAddr,
+    /// The replicas: connections go round, and one that is refused goes to the next, as at a balancer without affinity.
+    pub(super) fronts: Vec<SocketAddr>,
+    pub(super) next: AtomicUsize,
     /// Keys of different scopes.
     pub(super) keys: Vec<String>,
     pub(super) http: reqwest::Client,
@@ -60,16 +64,22 @@ impl Crowd {
         std::mem::take(&mut self.calls.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// All replicas, the one whose turn it is first.
+    fn fronts(&self) -> impl Iterator<Item = (usize, SocketAddr)> {
+        let (all, first) = (self.fronts.len(), self.next.fetch_add(1, Ordering::Relaxed));
+        (first..first + all).map(move |n| (n % all, self.fronts[n % all]))
+    }
+
     fn is_over(&self) -> bool {
         *self.over.borrow()
     }
 }
 
-/// One client holds one conversation after another until it is over.
-pub(super) async fn talk(crowd: Arc<Crowd>, number: usize) {
+/// One client holds one conversation after another until it is over; yields the one that it was at.
+pub(super) async fn talk(crowd: Arc<Crowd>, number: usize) -> Conversation {
     let mut random = StdRng::seed_from_u64(crowd.seed ^ (number as u64 + 1) << 32);
     let mut round = 0;
-    while !crowd.is_over() {
+    loop {
         let mut conversation = Conversation {
             crowd: Arc::clone(&crowd),
             name: format!("c{number}.{round}"),
@@ -82,12 +92,15 @@ pub(super) async fn talk(crowd: Arc<Crowd>, number: usize) {
         };
         let turns = random.random_range(3..14);
         conversation.hold(turns, &mut random).await;
+        if crowd.is_over() {
+            return conversation;
+        }
         round += 1;
     }
 }
 
 /// A conversation, as its client has it.
-struct Conversation {
+pub(super) struct Conversation {
     crowd: Arc<Crowd>,
     name: String,
     style: Style,
@@ -109,7 +122,15 @@ impl Conversation {
             if random.random_bool(0.15) {
                 tag.push_str(" [reasoning]");
             }
-            if !self.turn(&tag, random).await {
+            if random.random_bool(0.2) {
+                tag.push_str(" [tool look]");
+            }
+            if !self.turn(&tag, message(&tag), random).await {
+                return;
+            }
+            if let Some((tag, item)) = self.owed(&tag)
+                && !self.turn(&tag, item, random).await
+            {
                 return;
             }
             if self.last.is_some() && random.random_bool(0.03) {
@@ -119,25 +140,61 @@ impl Conversation {
         }
     }
 
+    /// The output of the tool that was called last, if the conversation waits for it.
+    fn owed(&self, tag: &str) -> Option<(String, Value)> {
+        let call = self.items.last()?;
+        let tag = history::output(history::asked(tag));
+        let waits = call["type"] == "function_call";
+        waits.then(|| {
+            let item = json!({ "type": "function_call_output", "call_id": call["call_id"], "output": tag });
+            (tag, item)
+        })
+    }
+
+    /// Goes on once more, on a new connection, when everything has healed: there is nothing left that could be in the way.
+    pub(super) async fn last_word(mut self) {
+        self.socket = None;
+        let tag = format!("{}-end", self.name);
+        let (tag, item) = self.owed(&tag).unwrap_or_else(|| {
+            let item = message(&tag);
+            (tag, item)
+        });
+        let ask = self.ask(&tag, item, true);
+        // A busy machine may need a second try.
+        for last in [false, false, true] {
+            let mut call = self.call(&tag, &ask);
+            let reply = self.send(&ask, false).await;
+            let served = matches!(reply.end, End::Completed { .. });
+            (call.entry, call.healed) = (reply.entry, served || last);
+            (call.ended, call.end) = (clock::epoch_millis(), reply.end);
+            self.crowd.note(call);
+            if served {
+                return;
+            }
+            self.socket = None;
+            sleep(Duration::from_secs(3)).await;
+        }
+    }
+
     /// Until it succeeds; yields whether it did.
-    async fn turn(&mut self, tag: &str, random: &mut StdRng) -> bool {
+    async fn turn(&mut self, tag: &str, item: Value, random: &mut StdRng) -> bool {
         for tries in 0..TRIES {
             if self.crowd.is_over() {
                 return false;
             }
-            let ask = self.ask(tag, random.random_bool(0.7));
+            let ask = self.ask(tag, item.clone(), random.random_bool(0.7));
             let leaves = tries == 0 && random.random_bool(0.02);
             let mut call = self.call(tag, &ask);
             let reply = self.send(&ask, leaves).await;
-            call.ended = clock::epoch_millis();
-            call.end = reply.end;
+            (call.ended, call.end) = (clock::epoch_millis(), reply.end);
+            call.entry = reply.entry;
             self.crowd.note(call.clone());
             if reply.token.is_some() {
                 self.token = reply.token;
             }
             match call.end {
                 End::Completed { id, .. } => {
-                    self.items.push(ask.message);
+                    self.items.push(ask.item);
                     self.items.extend(reply.output);
                     self.last = Some(id);
                     if let Some((_, fresh)) = &mut self.socket {
@@ -169,7 +226,7 @@ impl Conversation {
         if matches!(self.style, Style::CodexSocket | Style::ChainSocket) {
             return;
         }
-        let mut ask = self.ask(&tag, true);
+        let mut ask = self.ask(&tag, message(&tag), true);
         if ask.continues.is_none() && ask.token().is_none() {
             return;
         }
@@ -178,20 +235,23 @@ impl Conversation {
         (call.key, call.intrudes) = (ask.key, true);
         let reply = self.send(&ask, false).await;
         (call.ended, call.end) = (clock::epoch_millis(), reply.end);
+        call.entry = reply.entry;
         self.crowd.note(call);
     }
 
     fn call(&self, tag: &str, ask: &Ask) -> Call {
         let mut meant = said(&self.items);
-        meant.push(format!("user: {tag}"));
+        meant.extend(said(std::slice::from_ref(&ask.item)));
         Call {
             tag: tag.to_owned(),
             key: self.key,
             style: self.style,
-            client_turn: ask.turns.then(|| tag.to_owned()),
+            entry: None,
+            client_turn: ask.turns.then(|| history::asked(tag).to_owned()),
             continues: ask.continues.clone(),
             meant,
             intrudes: false,
+            healed: false,
             began: clock::epoch_millis(),
             ended: 0,
             end: End::Left,
@@ -199,8 +259,7 @@ impl Conversation {
     }
 
     /// The next request.
-    fn ask(&self, tag: &str, stream: bool) -> Ask {
-        let message = json!({ "type": "message", "role": "user", "content": [{ "type": "input_text", "text": tag }] });
+    fn ask(&self, tag: &str, item: Value, stream: bool) -> Ask {
         let continues = match self.style {
             Style::Chain | Style::Token | Style::ChainSocket => self.last.clone(),
             Style::Session | Style::Codex => None,
@@ -213,7 +272,7 @@ impl Conversation {
             Some(_) => Vec::new(),
             None => self.items.clone(),
         };
-        input.push(message.clone());
+        input.push(item.clone());
         let turns = matches!(self.style, Style::Codex | Style::CodexSocket);
         let mut body = json!({ "model": "gpt-5.5", "input": input });
         let mut headers = vec![(
@@ -242,7 +301,7 @@ impl Conversation {
             headers.push(("openai-beta", beta.to_owned()));
         }
         if turns {
-            let metadata = json!({ "session_id": self.name, "thread_id": self.name, "turn_id": tag, "request_kind": "turn" }).to_string();
+            let metadata = json!({ "session_id": self.name, "thread_id": self.name, "turn_id": history::asked(tag), "request_kind": "turn" }).to_string();
             for name in ["session-id", "thread-id", "x-client-request-id"] {
                 headers.push((name, self.name.clone()));
             }
@@ -251,7 +310,7 @@ impl Conversation {
             body["store"] = false.into();
             body["prompt_cache_key"] = self.name.as_str().into();
             body["include"] = json!(["reasoning.encrypted_content"]);
-            body["client_metadata"] = json!({ "session_id": self.name, "thread_id": self.name, "turn_id": tag, "x-codex-turn-metadata": metadata });
+            body["client_metadata"] = json!({ "session_id": self.name, "thread_id": self.name, "turn_id": history::asked(tag), "x-codex-turn-metadata": metadata });
         }
         Ask {
             path: match turns {
@@ -261,7 +320,7 @@ impl Conversation {
             key: self.key,
             headers,
             body,
-            message,
+            item,
             continues,
             turns,
         }
@@ -289,6 +348,11 @@ impl Conversation {
     }
 }
 
+/// What a user says.
+fn message(tag: &str) -> Value {
+    json!({ "type": "message", "role": "user", "content": [{ "type": "input_text", "text": tag }] })
+}
+
 /// A request.
 struct Ask {
     path: &'static str,
@@ -296,7 +360,7 @@ struct Ask {
     headers: Vec<(&'static str, String)>,
     body: Value,
     /// What it adds to the conversation.
-    message: Value,
+    item: Value,
     continues: Option<String>,
     /// Whether it names its turn.
     turns: bool,

@@ -19,7 +19,7 @@ pub(super) async fn connect(url: &str) -> anyhow::Result<Client> {
 /// Leases that moved in the last seconds, or all.
 pub(super) async fn leases(client: &Client, all: bool) -> anyhow::Result<Vec<Lease>> {
     let query = "
-        select lease_id::text, generation, owner_boot::text, case when r.dead_at is null then busy_turn::text end
+        select lease_id::text, generation, owner_boot::text, r.dead_at is not null, busy_turn::text
         from http_bridge_leases l left join bridge_replicas r on r.boot_id = l.owner_boot
         where $1 or last_turn_at > clock_timestamp() - interval '20 s'";
     let rows = client.query(query, &[&all]).await?;
@@ -27,12 +27,25 @@ pub(super) async fn leases(client: &Client, all: bool) -> anyhow::Result<Vec<Lea
         id: row.get(0),
         generation: row.get(1),
         owner: row.get(2),
-        busy: row.get(3),
+        dead: row.get(3),
+        busy: row.get(4),
     };
     Ok(rows.iter().map(lease).collect())
 }
 
-/// How many turns are open, or leases busy.
+/// Which replica an incarnation is of, by the number in its name.
+pub(super) async fn boots(client: &Client) -> anyhow::Result<BTreeMap<String, usize>> {
+    let query = "select boot_id::text, replica_name from bridge_replicas";
+    let rows = client.query(query, &[]).await?;
+    let boot = |row: &tokio_postgres::Row| {
+        let name: &str = row.get(1);
+        let number = name.trim_start_matches(|char: char| !char.is_ascii_digit());
+        Ok((row.get(0), number.parse()?))
+    };
+    rows.iter().map(boot).collect()
+}
+
+/// How many turns are open, or leases busy that a living replica owns.
 pub(super) async fn unfinished(client: &Client) -> anyhow::Result<i64> {
     let query = "
         select (select count(*) from turns where state = 'open') + (
@@ -81,6 +94,7 @@ fn turn(row: &Value, accounts: &BTreeMap<String, String>) -> anyhow::Result<Turn
             .and_then(|id| accounts.get(id))
             .cloned()
             .unwrap_or_default(),
+        boot: attempt["boot_id"].as_str().unwrap_or_default().to_owned(),
         class: attempt["class"].as_str().map(str::to_owned),
         usage: ["input", "cached_input", "output", "reasoning"]
             .map(|part| count(&attempt["usage"][part])),

@@ -1,7 +1,6 @@
 //! The replicas as an operator runs them, a faulty network between all of them, and the faults as they are done.
 
 use std::{
-    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -20,6 +19,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
+    counters::Counters,
     history::Struck,
     plan::{Break, Fault, Misfortune, Side, What},
     servers::{self, Server},
@@ -35,12 +35,8 @@ use crate::{
 const DELAY: Duration = Duration::from_millis(800);
 /// When a balancer has noticed that a replica leaves.
 const NOTICE: Duration = Duration::from_secs(1);
-/// What of a replica's counters is of interest here.
-const COUNTED: [&str; 3] = [
-    "drawbridge_bridge_outcomes_total{",
-    "drawbridge_fence_rejections_total{",
-    "drawbridge_takes_total{",
-];
+/// How long a replica takes to say that it lives, if the machine has time for it.
+const AT_ONCE: Duration = Duration::from_millis(300);
 /// How long a replica may take to get ready once nothing is wrong any more.
 const START: Duration = Duration::from_secs(120);
 
@@ -48,8 +44,6 @@ const START: Duration = Duration::from_secs(120);
 pub(super) struct Fleet {
     pub(super) upstream: Upstream,
     pub(super) accounts: Vec<&'static str>,
-    /// In front of all replicas.
-    pub(super) balancer: Edge,
     pub(super) replicas: Vec<Replica>,
     /// How to look behind the replicas' back.
     pub(super) database: String,
@@ -62,44 +56,13 @@ pub(super) struct Fleet {
     _postgres: Server,
 }
 
-/// Counters of all processes there were, by replica and series: what ended processes have counted, and what the present one has.
-#[derive(Default)]
-pub(super) struct Counters(BTreeMap<(String, String), (u64, u64)>);
-
-impl Counters {
-    fn read(&mut self, replica: &str, text: &str) {
-        for line in text.lines() {
-            let Some((series, value)) = line.rsplit_once(' ') else {
-                continue;
-            };
-            if !COUNTED.iter().any(|name| series.starts_with(name)) {
-                continue;
-            }
-            let value = value.parse().unwrap_or_default();
-            let key = (replica.to_owned(), series.to_owned());
-            let (ended, present) = self.0.entry(key).or_default();
-            if value < *present {
-                *ended += *present;
-            }
-            *present = value;
-        }
-    }
-
-    /// The sums over all replicas.
-    pub(super) fn sums(&self) -> BTreeMap<String, u64> {
-        let mut sums = BTreeMap::new();
-        for ((_, series), (ended, present)) in &self.0 {
-            *sums.entry(series.clone()).or_default() += ended + present;
-        }
-        sums
-    }
-}
-
 /// One replica, and the edges of the network around it.
 pub(super) struct Replica {
     name: String,
     settings: Vec<(&'static str, String)>,
     admin: SocketAddr,
+    /// Held while something happens to the process as a whole: what takes longer than planned delays what comes next.
+    fate: tokio::sync::Mutex<()>,
     process: tokio::sync::Mutex<Option<Daemon>>,
     clients: Edge,
     peers: Edge,
@@ -116,6 +79,7 @@ impl Fleet {
         dir: &Path,
         replicas: usize,
         seed: u64,
+        snapshots: &str,
         scale: Option<f64>,
     ) -> anyhow::Result<Self> {
         let config = upstream::Config {
@@ -149,7 +113,7 @@ impl Fleet {
             ("DRAWBRIDGE_DATABASE_URL", database.clone()),
             ("DRAWBRIDGE_UPSTREAM_URL", upstream.url()),
             ("DRAWBRIDGE_AUTH_URL", upstream.auth_url()),
-            ("DRAWBRIDGE_SNAPSHOTS", "full".to_owned()),
+            ("DRAWBRIDGE_SNAPSHOTS", snapshots.to_owned()),
             ("DRAWBRIDGE_DRAIN_DELAY", "2s".to_owned()),
             ("DRAWBRIDGE_DRAIN_GRACE", "20s".to_owned()),
         ];
@@ -162,6 +126,7 @@ impl Fleet {
                 name: format!("r{number}"),
                 settings: common.clone(),
                 admin,
+                fate: tokio::sync::Mutex::default(),
                 process: tokio::sync::Mutex::new(None),
                 clients: edge(clients).await,
                 peers: edge(peers).await,
@@ -179,9 +144,7 @@ impl Fleet {
             replica.configure(clients, peers, &database, &upstream)?;
             all.push(replica);
         }
-        let fronts: Vec<_> = all.iter().map(|replica| replica.clients.address).collect();
         let fleet = Self {
-            balancer: Edge::before(&fronts, seed).await,
             upstream,
             accounts: vec!["alice", "bob", "carol"],
             replicas: all,
@@ -206,6 +169,12 @@ impl Fleet {
             fleet.up(number).await?;
         }
         Ok(fleet)
+    }
+
+    /// Where clients reach the replicas.
+    pub(super) fn fronts(&self) -> Vec<SocketAddr> {
+        let replicas = self.replicas.iter();
+        replicas.map(|replica| replica.clients.address).collect()
     }
 
     /// Whether it has a Redis.
@@ -317,6 +286,41 @@ impl Fleet {
         }
     }
 
+    /// Asks every replica again and again whether it lives, and notes when that took long though nothing was wrong with it, until it is
+    /// dropped.
+    pub(super) async fn pulse(&self) {
+        let beat = async |number: usize| {
+            let url = format!("http://{}/livez", self.replicas[number].admin);
+            loop {
+                let from = clock::epoch_millis();
+                let asked = self.http.get(&url).timeout(Duration::from_secs(20)).send();
+                let answered = asked.await.is_ok();
+                let to = clock::epoch_millis();
+                if answered && Duration::from_millis(to - from) > AT_ONCE {
+                    self.was_slow(number, from, to);
+                }
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let beats = (0..self.replicas.len()).map(beat);
+        futures_util::future::join_all(beats).await;
+    }
+
+    /// Notes it, unless something had been done to the process.
+    fn was_slow(&self, number: usize, from: u64, to: u64) {
+        let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
+        let stopped = struck.iter().any(|fault| match fault.what {
+            What::Kill(other) | What::Pause(other) | What::Drain(other) => {
+                other == number && fault.from <= to && from <= fault.to
+            }
+            _ => false,
+        });
+        if !stopped {
+            let what = What::Slow(number);
+            struck.push(Struck { what, from, to });
+        }
+    }
+
     /// The replicas that are not ready a while after everything has healed.
     pub(super) async fn unready(&self) -> Vec<String> {
         let mut unready = Vec::new();
@@ -335,6 +339,12 @@ impl Fleet {
 
     /// Does a fault, from its beginning to its end.
     pub(super) async fn strike(self: Arc<Self>, fault: Fault) -> anyhow::Result<()> {
+        let _fate = match fault.what {
+            What::Kill(number) | What::Pause(number) | What::Drain(number) => {
+                Some(self.replicas[number].fate.lock().await)
+            }
+            _ => None,
+        };
         let from = clock::epoch_millis();
         let index = {
             let mut struck = self.struck.lock().unwrap_or_else(PoisonError::into_inner);
@@ -410,6 +420,7 @@ impl Fleet {
                 *server.lock().await = Some(servers::redis(&self.dir, *port).await?);
                 Ok(())
             }
+            What::Slow(_) => Ok(()),
             What::Account(number, misfortune) => self.misfortune(number, misfortune, lasts).await,
         }
     }
@@ -421,38 +432,44 @@ impl Fleet {
         lasts: Duration,
     ) -> anyhow::Result<()> {
         let name = self.accounts[number];
-        let queue = |kind, times| {
-            let fault = upstream::Fault::once(kind).times(times).at(name);
-            self.upstream.fault(fault);
-        };
-        match misfortune {
+        let kinds = match misfortune {
             Misfortune::Paused => {
                 self.operate(&["accounts", "pause", name]).await?;
                 sleep(lasts).await;
                 self.operate(&["accounts", "resume", name]).await?;
                 return Ok(());
             }
-            Misfortune::Limited => queue(
-                Kind::RateLimit {
-                    resets_in: lasts.as_secs(),
-                },
-                1,
-            ),
-            Misfortune::Broken => queue(Kind::Status(500, "server_error".into()), 3),
-            Misfortune::Cut => {
-                queue(Kind::Cut(Stage::BeforeCreated), 1);
-                queue(Kind::Cut(Stage::AfterCreated), 1);
-                queue(Kind::Cut(Stage::Visible), 1);
-                queue(Kind::Cut(Stage::BeforeTerminal), 1);
+            Misfortune::Expired => {
+                self.upstream.account(name).expire();
+                vec![]
             }
-            Misfortune::Closed => {
-                queue(Kind::Close(1011, Stage::BeforeCreated), 1);
-                queue(Kind::Close(1001, Stage::ItemDone), 1);
-            }
-            Misfortune::Silent => queue(Kind::Silence(Stage::Visible), 1),
-            Misfortune::Expired => self.upstream.account(name).expire(),
+            Misfortune::Limited => vec![Kind::RateLimit {
+                resets_in: lasts.as_secs(),
+            }],
+            Misfortune::Broken => vec![Kind::Status(500, "server_error".into()); 3],
+            Misfortune::Cut => [
+                Stage::BeforeCreated,
+                Stage::AfterCreated,
+                Stage::Visible,
+                Stage::BeforeTerminal,
+            ]
+            .map(Kind::Cut)
+            .into(),
+            Misfortune::Closed => vec![
+                Kind::Close(1011, Stage::BeforeCreated),
+                Kind::Close(1001, Stage::ItemDone),
+            ],
+            Misfortune::Silent => vec![Kind::Silence(Stage::Visible)],
+        };
+        let faults = kinds.into_iter().map(upstream::Fault::once);
+        let faults: Vec<_> = faults.map(|fault| fault.at(name)).collect();
+        for fault in &faults {
+            self.upstream.fault(fault.clone());
         }
         sleep(lasts).await;
+        for fault in &faults {
+            self.upstream.no_fault(fault);
+        }
         if misfortune == Misfortune::Silent {
             self.upstream.release();
         }
@@ -478,7 +495,9 @@ impl Fleet {
         let deadline = Instant::now() + START;
         while let Some(daemon) = process.as_mut() {
             if let Some(status) = daemon.ended()? {
-                ensure!(status.success(), "a drained replica ended with {status}");
+                // 1: not everything could be booked, which the sweep of a peer mends.
+                let itself = matches!(status.code(), Some(0 | 1));
+                ensure!(itself, "a drained replica ended with {status}");
                 break;
             }
             ensure!(Instant::now() < deadline, "a replica does not drain");
@@ -572,19 +591,4 @@ fn over(edge: &Edge, url: &str) -> anyhow::Result<String> {
         .ok()
         .context("a URL with a host")?;
     Ok(url.to_string().trim_end_matches('/').to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counters_of_a_process_that_ended_are_kept() {
-        let mut counters = Counters::default();
-        let series = "drawbridge_takes_total{result=\"taken\"}";
-        for (replica, value) in [("r0", 2), ("r0", 5), ("r0", 1), ("r1", 4)] {
-            counters.read(replica, &format!("{series} {value}\nother 7\n"));
-        }
-        assert_eq!(counters.sums(), BTreeMap::from([(series.to_owned(), 10)]));
-    }
 }

@@ -1,5 +1,7 @@
 //! What everybody saw, as the checker reads it. Times are milliseconds of the machine's wall clock since 1970.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use serde_json::Value;
 
@@ -22,7 +24,11 @@ pub struct History {
     /// The leases at the end.
     pub leases: Vec<Lease>,
     /// Leases as they were seen during the run, in order.
-    pub sightings: Vec<Lease>,
+    pub sightings: Vec<Sighting>,
+    /// Which replica an incarnation was, by its id.
+    pub boots: BTreeMap<String, usize>,
+    /// The names of the accounts.
+    pub accounts: Vec<String>,
     /// Replicas that were alive at the end and not ready.
     pub unready: Vec<String>,
 }
@@ -48,10 +54,12 @@ pub enum Style {
 /// One request of a client and its end.
 #[derive(Clone, Debug, Serialize)]
 pub struct Call {
-    /// The user's message, which no other turn has; retries share it.
+    /// What it adds: a message of the user, or a tool's output, which no other call has; retries share it.
     pub tag: String,
     /// Under which key.
     pub key: usize,
+    /// Which replica took the connection, if one did.
+    pub entry: Option<usize>,
     /// How.
     pub style: Style,
     /// The client's turn, where it names one.
@@ -62,6 +70,8 @@ pub struct Call {
     pub meant: Vec<String>,
     /// Whether it goes on with what is not its own.
     pub intrudes: bool,
+    /// Whether it was made when everything had healed.
+    pub healed: bool,
     /// When it was sent.
     pub began: u64,
     /// When its end was known.
@@ -78,7 +88,7 @@ pub enum End {
     Completed {
         /// Its id.
         id: String,
-        /// Its text.
+        /// Its text, or the tool that it calls.
         text: String,
     },
     /// An error, as status or in the stream.
@@ -147,6 +157,8 @@ pub struct Turn {
 pub struct Booked {
     /// The account's name.
     pub account: String,
+    /// By which incarnation.
+    pub boot: String,
     /// `completed`, or a class of failure.
     pub class: Option<String>,
     /// Input, cached, output, reasoning.
@@ -164,15 +176,47 @@ pub struct Lease {
     pub generation: i64,
     /// `owner_boot`.
     pub owner: Option<String>,
-    /// The request whose turn runs on it; what an owner that was buried left there is the next one's to wipe.
+    /// Whether that has a tombstone.
+    pub dead: bool,
+    /// The request whose turn runs on it.
     pub busy: Option<String>,
 }
 
-/// The messages of a conversation as items, each as `role: text`. What is no message is left out: whether thoughts go with a conversation
-/// is upstream's affair.
+/// A lease that was not seen like this before.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sighting {
+    /// When.
+    pub at: u64,
+    /// What the row said.
+    pub lease: Lease,
+}
+
+/// What a turn is called that answers a tool's call, after the message that led to it.
+const ANSWERS: &str = " out";
+
+/// What the call answers a tool's call with that was made for a message of this tag.
+#[must_use]
+pub(super) fn output(tag: &str) -> String {
+    format!("{tag}{ANSWERS}")
+}
+
+/// The message that led to a call, by the call's tag; turns of Codex are named by it.
+#[must_use]
+pub(super) fn asked(tag: &str) -> &str {
+    tag.strip_suffix(ANSWERS).unwrap_or(tag)
+}
+
+/// The conversation, by the tag of one of its calls.
+#[must_use]
+pub(super) fn conversation(tag: &str) -> &str {
+    tag.split_once('-').map_or(tag, |(name, _)| name)
+}
+
+/// The items of a conversation as text: messages, calls of tools and their outputs. Thoughts are left out: whether they go with a
+/// conversation is upstream's affair.
 #[must_use]
 pub(super) fn said(items: &[Value]) -> Vec<String> {
-    let messages = items.iter().filter(|item| item["role"].is_string());
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let text = |item: &Value| match &item["content"] {
         Value::String(text) => text.clone(),
         content => {
@@ -180,18 +224,28 @@ pub(super) fn said(items: &[Value]) -> Vec<String> {
             parts.filter_map(|part| part["text"].as_str()).collect()
         }
     };
-    messages
-        .map(|item| {
-            format!(
-                "{}: {}",
-                item["role"].as_str().unwrap_or_default(),
-                text(item)
-            )
-        })
-        .collect()
+    let line = |item: &Value| match item["type"].as_str() {
+        Some("function_call") => Some(format!("call: {}", word(&item["arguments"]))),
+        Some("function_call_output") => Some(format!("tool: {}", word(&item["output"]))),
+        _ if item["role"].is_string() => Some(format!("{}: {}", word(&item["role"]), text(item))),
+        _ => None,
+    };
+    items.iter().filter_map(line).collect()
 }
 
-/// The message that an attempt answers.
+/// Gives turns that do not say what they answer the tag of the attempt that they got their response from.
+pub(super) fn name(turns: &mut [Turn], attempts: &[Attempt]) {
+    let answers = attempts.iter();
+    let answers: BTreeMap<&str, &Attempt> = answers
+        .filter_map(|attempt| Some((attempt.response_id.as_deref()?, attempt)))
+        .collect();
+    for turn in turns.iter_mut().filter(|turn| turn.tag.is_none()) {
+        let answer = turn.response.as_deref().and_then(|id| answers.get(id));
+        turn.tag = answer.and_then(|attempt| tag(attempt));
+    }
+}
+
+/// What an attempt answers.
 #[must_use]
 pub(super) fn tag(attempt: &Attempt) -> Option<String> {
     let mut said = said(&attempt.history);
@@ -202,9 +256,11 @@ pub(super) fn tag(attempt: &Attempt) -> Option<String> {
             .map(|items| self::said(items))
             .unwrap_or_default();
     }
-    let newest = said
-        .iter()
-        .rev()
-        .find_map(|line| line.strip_prefix("user: "));
-    newest.map(str::to_owned)
+    let asks = |line: &String| {
+        let asked = line.strip_prefix("user: ");
+        asked
+            .or_else(|| line.strip_prefix("tool: "))
+            .map(str::to_owned)
+    };
+    said.iter().rev().find_map(asks)
 }

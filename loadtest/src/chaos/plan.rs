@@ -34,6 +34,8 @@ pub enum What {
     Redis,
     /// Something at the account of this number.
     Account(usize, Misfortune),
+    /// Not planned but seen: the machine was so busy that a replica without a fault did not answer at once.
+    Slow(usize),
 }
 
 /// What an edge connects a replica with.

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{
     check::Violation,
@@ -17,6 +18,18 @@ pub struct Report {
     pub seed: u64,
     /// How long the clients talked.
     pub seconds: u64,
+    /// `DRAWBRIDGE_SNAPSHOTS`.
+    pub snapshots: &'static str,
+    /// On what it ran.
+    pub machine: Value,
+    /// Of the programs.
+    pub versions: Value,
+    /// Turns that were sent on to the owner of their lease, by whoever sent them.
+    pub forwards: u64,
+    /// Leases that were taken from an owner that did not answer.
+    pub takes: u64,
+    /// Turns whose conversation was told again from its snapshots.
+    pub rebuilds: u64,
     /// How many.
     pub replicas: usize,
     /// How many.
@@ -44,6 +57,22 @@ pub struct Report {
 }
 
 impl Report {
+    /// With what the replicas have counted themselves.
+    #[must_use]
+    pub fn with(self, counters: BTreeMap<String, u64>) -> Self {
+        let sum = |part: &str| {
+            let like = counters.iter().filter(|(name, _)| name.contains(part));
+            like.map(|(_, count)| count).sum()
+        };
+        Self {
+            forwards: sum("outcome=\"owner_forward\""),
+            takes: sum("takes_total{result=\"taken\""),
+            rebuilds: sum("outcome=\"snapshot_recovery\""),
+            counters,
+            ..self
+        }
+    }
+
     /// Counts. What only the run knows is left empty.
     #[must_use]
     pub fn of(history: &History, violations: Vec<Violation>) -> Self {
@@ -76,7 +105,8 @@ impl Report {
         }
         let booked = history.turns.iter().flat_map(|turn| &turn.attempts);
         let mut seen: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
-        for lease in history.sightings.iter().chain(&history.leases) {
+        let seen_then = history.sightings.iter().map(|seen| &seen.lease);
+        for lease in seen_then.chain(&history.leases) {
             let generations = seen.entry(&lease.id).or_default();
             if !generations.contains(&lease.generation) {
                 generations.push(lease.generation);
@@ -85,6 +115,12 @@ impl Report {
         Self {
             seed: 0,
             seconds: 0,
+            snapshots: "",
+            machine: Value::Null,
+            versions: Value::Null,
+            forwards: 0,
+            takes: 0,
+            rebuilds: 0,
             replicas: 0,
             clients: 0,
             faults,
@@ -116,6 +152,7 @@ fn kind(what: What) -> String {
         }
         What::Postgres(how) => format!("postgres away for all: {how:?}").to_lowercase(),
         What::Redis => "redis killed, restarted".into(),
+        What::Slow(_) => "(not planned: a replica was slow, the machine busy)".into(),
         What::Account(_, misfortune) => format!("account: {misfortune:?}").to_lowercase(),
     }
 }
@@ -130,12 +167,16 @@ impl fmt::Display for Report {
             attempts,
             estimated,
             moves,
+            forwards,
+            takes,
+            rebuilds,
+            snapshots,
             ..
         } = self;
         writeln!(
             out,
-            "seed {seed}: {seconds} s, {replicas} replicas, {clients} clients, {attempts} attempts upstream, {estimated} of them guessed, \
-             {moves} moves of leases"
+            "seed {seed}: {seconds} s, {replicas} replicas, {clients} clients, snapshots {snapshots}, {attempts} attempts upstream, {estimated} of \
+             them guessed, {forwards} forwards, {takes} takes, {rebuilds} rebuilds, {moves} moves of leases"
         )?;
         for (title, counts) in [
             ("faults", &self.faults),

@@ -13,7 +13,10 @@ use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Signal, geteuid};
 use tokio::net::TcpStream;
 
-use crate::process::{Daemon, lasting_port};
+use crate::{
+    bench::version,
+    process::{Daemon, lasting_port},
+};
 
 /// The OS user for what refuses root.
 const NOBODY: u32 = 65534;
@@ -145,6 +148,16 @@ pub(super) async fn redis(dir: &Path, port: u16) -> anyhow::Result<Server> {
         .args(["--port", &port.to_string()]);
     let log = dir.join("redis.log");
     Server::start(command, port, log, Signal::KILL).await
+}
+
+/// What the servers' programs say of themselves.
+pub(super) fn versions() -> Vec<String> {
+    let postgres = programs().map(|bin| bin.join("postgres"));
+    let all = [postgres, find("pgbouncer"), find("redis-server")];
+    let said = all.into_iter().flatten();
+    said.filter_map(|program| version(program, "--version"))
+        .map(|said| said.lines().next().unwrap_or_default().to_owned())
+        .collect()
 }
 
 /// A directory that the server's user owns.

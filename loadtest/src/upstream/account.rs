@@ -15,7 +15,7 @@ use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::{HeaderMap, StatusCode, header};
 use serde_json::{Value, json};
 
-use super::state::Shared;
+use super::{login, state::Shared};
 
 /// An account's secrets as the backend knows them.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub struct Login {
     pub chatgpt_account_id: String,
     /// Person.
     pub chatgpt_user_id: String,
+    /// The person's address.
+    email: String,
     /// Its plan.
     pub plan: String,
     /// The token that is accepted; `None` once it has expired.
@@ -43,8 +45,62 @@ pub struct Login {
     pub reuses: usize,
     /// Statuses with which the next exchanges fail.
     failures: Vec<u16>,
-    /// How long the next exchange takes.
+    /// How long an exchange takes to arrive, and its answer to come back.
     delay: Duration,
+    answer_delay: Duration,
+    /// What the usage endpoint answers instead of the ordinary, and with which status.
+    usage: Option<(u16, Value)>,
+    /// Questions to the usage endpoint.
+    pub usage_reads: usize,
+    /// The slugs of its catalogue, where it has one of its own; of none it answers 500.
+    models: Option<Vec<String>>,
+    /// Reads of its catalogue.
+    pub models_reads: usize,
+}
+
+impl Login {
+    fn new(name: &str, email: String, serial: u64) -> Self {
+        let lifetime = Duration::from_secs(86_400);
+        let access = token_text(name, &email, lifetime, serial);
+        Self {
+            chatgpt_account_id: format!("acct-{}", seat(name)),
+            chatgpt_user_id: format!("user-{}", seat(name)),
+            email,
+            plan: "plus".into(),
+            access: Some(access),
+            refresh: format!("rt-{name}-0"),
+            used_refresh: Vec::new(),
+            revoked: false,
+            lifetime,
+            turns: 0,
+            tokens: 0,
+            exchanges: 0,
+            reuses: 0,
+            failures: Vec::new(),
+            delay: Duration::ZERO,
+            answer_delay: Duration::ZERO,
+            usage: None,
+            usage_reads: 0,
+            models: None,
+            models_reads: 0,
+        }
+    }
+}
+
+/// A further session of an account: its tokens are its own.
+pub(super) fn session(shared: &Arc<Shared>, name: &str, email: &str) -> String {
+    drop(Account::of(shared, name));
+    shared.change(|state| {
+        let key = format!("{name}#{}", state.id("session"));
+        let login = Login::new(&key, email.to_owned(), state.logins.len() as u64);
+        state.logins.insert(key.clone(), login);
+        key
+    })
+}
+
+/// The account of a session.
+fn seat(name: &str) -> &str {
+    name.split('#').next().unwrap_or(name)
 }
 
 /// A handle to one account.
@@ -58,24 +114,8 @@ impl Account {
     pub(super) fn of(shared: &Arc<Shared>, name: &str) -> Self {
         shared.change(|state| {
             if !state.logins.contains_key(name) {
-                let access =
-                    token_text(name, Duration::from_secs(86_400), state.logins.len() as u64);
-                let login = Login {
-                    chatgpt_account_id: format!("acct-{name}"),
-                    chatgpt_user_id: format!("user-{name}"),
-                    plan: "plus".into(),
-                    access: Some(access),
-                    refresh: format!("rt-{name}-0"),
-                    used_refresh: Vec::new(),
-                    revoked: false,
-                    lifetime: Duration::from_secs(86_400),
-                    turns: 0,
-                    tokens: 0,
-                    exchanges: 0,
-                    reuses: 0,
-                    failures: Vec::new(),
-                    delay: Duration::ZERO,
-                };
+                let email = format!("{name}@example.test");
+                let login = Login::new(name, email, state.logins.len() as u64);
                 state.logins.insert(name.to_owned(), login);
             }
         });
@@ -120,7 +160,12 @@ impl Account {
         let name = self.name.clone();
         self.change(|login| {
             login.lifetime = lifetime;
-            login.access = Some(token_text(&name, lifetime, 1000 + login.exchanges as u64));
+            login.access = Some(token_text(
+                &name,
+                &login.email,
+                lifetime,
+                1000 + login.exchanges as u64,
+            ));
         });
     }
 
@@ -140,6 +185,35 @@ impl Account {
     /// Exchanges take so long.
     pub fn delay_exchange(&self, delay: Duration) {
         self.change(|login| login.delay = delay);
+    }
+
+    /// Answers of exchanges, whose tokens are spent by then, take so long.
+    pub fn delay_answer(&self, delay: Duration) {
+        self.change(|login| login.answer_delay = delay);
+    }
+
+    /// From now on the usage endpoint answers this.
+    pub fn answer_usage(&self, status: u16, body: Value) {
+        self.change(|login| login.usage = Some((status, body)));
+    }
+
+    /// Questions to the usage endpoint.
+    #[must_use]
+    pub fn usage_reads(&self) -> usize {
+        self.read(|login| login.usage_reads)
+    }
+
+    /// From now on its catalogue lists these; of none the endpoint answers 500.
+    pub fn list_models(&self, slugs: &[&str]) {
+        self.change(|login| {
+            login.models = Some(slugs.iter().map(|&slug| slug.to_owned()).collect())
+        });
+    }
+
+    /// Reads of its catalogue.
+    #[must_use]
+    pub fn models_reads(&self) -> usize {
+        self.read(|login| login.models_reads)
     }
 
     /// Exchanges that gave new tokens.
@@ -177,6 +251,25 @@ impl Account {
     }
 }
 
+/// What the usage endpoint answers for an account instead of the ordinary; counts the question.
+pub(super) fn asked_for_usage(shared: &Shared, account: &str) -> Option<(StatusCode, Value)> {
+    shared.change(|state| {
+        let login = state.logins.get_mut(account)?;
+        login.usage_reads += 1;
+        let (status, body) = login.usage.clone()?;
+        Some((StatusCode::from_u16(status).expect("a status"), body))
+    })
+}
+
+/// The slugs of an account's own catalogue; counts the read.
+pub(super) fn asked_for_models(shared: &Shared, account: &str) -> Option<Vec<String>> {
+    shared.change(|state| {
+        let login = state.logins.get_mut(account)?;
+        login.models_reads += 1;
+        login.models.clone()
+    })
+}
+
 /// `POST /oauth/token`.
 pub(super) async fn token_exchange(shared: &Shared, given: &str) -> (StatusCode, Value) {
     let refused = |status, code: &str, message: &str| {
@@ -185,7 +278,8 @@ pub(super) async fn token_exchange(shared: &Shared, given: &str) -> (StatusCode,
             json!({ "error": { "code": code, "message": message, "type": "invalid_request_error" } }),
         )
     };
-    let owner = shared.read(|state| {
+    let owner = shared.change(|state| {
+        state.exchanging += 1;
         let owns = |login: &Login| {
             login.refresh == given || login.used_refresh.iter().any(|used| used == given)
         };
@@ -193,9 +287,9 @@ pub(super) async fn token_exchange(shared: &Shared, given: &str) -> (StatusCode,
             .logins
             .iter()
             .find(|(_, login)| owns(login))
-            .map(|(name, login)| (name.clone(), login.delay))
+            .map(|(name, login)| (name.clone(), login.delay, login.answer_delay))
     });
-    let Some((name, delay)) = owner else {
+    let Some((name, delay, answer_delay)) = owner else {
         return refused(
             StatusCode::UNAUTHORIZED,
             "refresh_token_expired",
@@ -205,7 +299,7 @@ pub(super) async fn token_exchange(shared: &Shared, given: &str) -> (StatusCode,
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
     }
-    shared.change(|state| {
+    let answer = shared.change(|state| {
         let login = state
             .logins
             .get_mut(&name)
@@ -232,7 +326,11 @@ pub(super) async fn token_exchange(shared: &Shared, given: &str) -> (StatusCode,
             );
         }
         (StatusCode::OK, rotate(&name, login))
-    })
+    });
+    if !answer_delay.is_zero() {
+        tokio::time::sleep(answer_delay).await;
+    }
+    answer
 }
 
 /// `POST /oauth/token`, JSON or form.
@@ -246,9 +344,15 @@ pub(super) async fn token(
             .starts_with(b"application/x-www-form-urlencoded")
     });
     let given = if form {
-        let text = String::from_utf8_lossy(&body).into_owned();
-        text.split('&')
-            .find_map(|pair| pair.strip_prefix("refresh_token=").map(str::to_owned))
+        let Some(fields) = fields(&body) else {
+            return StatusCode::BAD_REQUEST.into_response();
+        };
+        let field = |name| fields.iter().find(|(key, _)| key == name);
+        if field("grant_type").is_some_and(|(_, kind)| kind == "authorization_code") {
+            let (status, json) = login::spend(&shared, &fields);
+            return (status, Json(json)).into_response();
+        }
+        field("refresh_token").map(|(_, token)| token.clone())
     } else {
         let json: Value = serde_json::from_slice(&body).unwrap_or_default();
         (json["grant_type"] == "refresh_token")
@@ -260,6 +364,13 @@ pub(super) async fn token(
     };
     let (status, json) = token_exchange(&shared, &given).await;
     (status, Json(json)).into_response()
+}
+
+/// The fields of a form.
+fn fields(body: &[u8]) -> Option<Vec<(String, String)>> {
+    let text = std::str::from_utf8(body).ok()?;
+    let url: reqwest::Url = format!("http://form.test/?{text}").parse().ok()?;
+    Some(url.query_pairs().into_owned().collect())
 }
 
 /// Whose token and account id these are; else the refusal.
@@ -283,7 +394,7 @@ pub(super) fn authorize(shared: &Shared, headers: &HeaderMap) -> Result<String, 
             .logins
             .iter()
             .find(|(_, login)| lives(login))
-            .map(|(name, _)| name.clone())
+            .map(|(name, _)| seat(name).to_owned())
     });
     name.ok_or_else(|| {
         let error = json!({ "error": { "message": "Provided authentication token is expired. Please try signing in again.", "type": null, "code": "token_expired", "param": null }, "status": 401 });
@@ -297,11 +408,16 @@ fn rotate(name: &str, login: &mut Login) -> Value {
     login
         .used_refresh
         .push(std::mem::replace(&mut login.refresh, next));
-    login.access = Some(token_text(name, login.lifetime, login.exchanges as u64));
+    login.access = Some(token_text(
+        name,
+        &login.email,
+        login.lifetime,
+        login.exchanges as u64,
+    ));
     tokens(name, login)
 }
 
-fn tokens(name: &str, login: &Login) -> Value {
+pub(super) fn tokens(name: &str, login: &Login) -> Value {
     let auth = json!({
         "chatgpt_account_id": login.chatgpt_account_id,
         "chatgpt_user_id": login.chatgpt_user_id,
@@ -309,28 +425,28 @@ fn tokens(name: &str, login: &Login) -> Value {
         "chatgpt_plan_type": login.plan,
     });
     let claims = json!({
-        "email": format!("{name}@example.test"),
+        "email": login.email,
         "exp": epoch() + login.lifetime.as_secs(),
         "https://api.openai.com/auth": auth,
     });
     json!({
         "id_token": jwt(&claims),
-        "access_token": login.access.clone().unwrap_or_else(|| token_text(name, login.lifetime, 0)),
+        "access_token": login.access.clone().unwrap_or_else(|| token_text(name, &login.email, login.lifetime, 0)),
         "refresh_token": login.refresh,
         "account_id": login.chatgpt_account_id,
     })
 }
 
-fn token_text(name: &str, lifetime: Duration, serial: u64) -> String {
+fn token_text(name: &str, email: &str, lifetime: Duration, serial: u64) -> String {
     let claims = json!({
         "exp": epoch() + lifetime.as_secs(),
         "jti": format!("{name}-{serial}"),
         "https://api.openai.com/auth": {
-            "chatgpt_account_id": format!("acct-{name}"),
-            "chatgpt_user_id": format!("user-{name}"),
+            "chatgpt_account_id": format!("acct-{}", seat(name)),
+            "chatgpt_user_id": format!("user-{}", seat(name)),
             "chatgpt_plan_type": "plus",
         },
-        "https://api.openai.com/profile": { "email": format!("{name}@example.test") },
+        "https://api.openai.com/profile": { "email": email },
     });
     jwt(&claims)
 }

@@ -25,7 +25,7 @@ pub enum Stage {
 }
 
 /// What goes wrong.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// 429 `usage_limit_reached` with a reset in so many seconds.

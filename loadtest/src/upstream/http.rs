@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    account::{authorize, epoch},
+    account::{asked_for_models, asked_for_usage, authorize, epoch},
     answer::{self, Answer, Step},
     connection::{Break, Link},
     fault::{Kind, Stage},
@@ -421,10 +421,15 @@ pub(super) async fn models(
     extract::State(shared): extract::State<Arc<Shared>>,
     headers: HeaderMap,
 ) -> Response {
-    if let Err(refusal) = authorize(&shared, &headers) {
-        return refusal;
-    }
+    let account = match authorize(&shared, &headers) {
+        Ok(account) => account,
+        Err(refusal) => return refusal,
+    };
     shared.change(|state| state.models_reads += 1);
+    let own = asked_for_models(&shared, &account);
+    if own.as_ref().is_some_and(Vec::is_empty) {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
     let model = |slug: &str, visibility: &str| {
         json!({
             "slug": slug, "display_name": slug, "description": "fake", "base_instructions": "", "default_reasoning_level": "low",
@@ -436,7 +441,15 @@ pub(super) async fn models(
             "shell_type": "shell_command",
         })
     };
-    let body = json!({ "models": [model("gpt-5.5", "list"), model("gpt-5.4-mini", "list"), model("gpt-5.6-sol", "hide")] });
+    let models = match &own {
+        Some(slugs) => slugs.iter().map(|slug| model(slug, "list")).collect(),
+        None => vec![
+            model("gpt-5.5", "list"),
+            model("gpt-5.4-mini", "list"),
+            model("gpt-5.6-sol", "hide"),
+        ],
+    };
+    let body = json!({ "models": models });
     ([(header::ETAG, "\"fake-1\"")], Json(body)).into_response()
 }
 
@@ -449,6 +462,16 @@ pub(super) async fn usage(
         Ok(account) => account,
         Err(refusal) => return refusal,
     };
+    let held = shared.change(|state| {
+        *state.usage_reads.entry(account.clone()).or_default() += 1;
+        state.usage_held.contains(&account)
+    });
+    if held && !shared.silence().await {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
+    if let Some((status, body)) = asked_for_usage(&shared, &account) {
+        return (status, Json(body)).into_response();
+    }
     let window = |used: f64, seconds: u64, after: u64| json!({ "used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": after, "reset_at": epoch() + after });
     let body = json!({ "plan_type": "plus", "rate_limit": { "allowed": true, "limit_reached": false,
         "primary_window": window(shared.used_percent(&account), 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });

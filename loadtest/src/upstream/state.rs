@@ -1,7 +1,7 @@
 //! What the fake knows and counts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, PoisonError},
 };
 
@@ -9,7 +9,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::{Config, account::Login, fault::Fault};
+use super::{
+    Config,
+    account::Login,
+    fault::Fault,
+    login::{Device, Grant},
+};
 
 /// Tokens as the backend bills them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +87,17 @@ pub struct State {
     pub turn_states: BTreeMap<String, String>,
     /// Requests for the model catalogue.
     pub models_reads: usize,
+    /// Requests for the usage document by account, and whose are silent until all silences are released.
+    pub usage_reads: BTreeMap<String, usize>,
+    pub(super) usage_held: BTreeSet<String>,
+    /// Exchanges of refresh tokens that have arrived.
+    pub exchanging: usize,
+    /// Whether devices get no codes.
+    pub no_devices: bool,
+    /// Codes of logins that are out.
+    pub(super) grants: BTreeMap<String, Grant>,
+    /// Devices that wait for a person, by their ids.
+    pub(super) devices: BTreeMap<String, Device>,
     next_id: u64,
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
 use serde::Serialize;
 
-use super::Credits;
+use super::{Credits, QuotaVisibility};
 
 /// One window of the pool.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,48 +32,53 @@ pub struct PoolView {
     pub limit_reached: bool,
     /// Credits of all accounts together.
     pub credits: Option<Credits>,
+    /// The limits of single models or features.
+    pub families: Vec<PoolFamily>,
+}
+
+/// The pool's quota of one family beside the default one.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PoolFamily {
+    /// Its id, e.g. `codex_bengalfox`.
+    pub id: String,
+    /// Its name for people.
+    pub name: String,
+    /// The five-hour window.
+    pub primary: Option<PoolWindow>,
+    /// The weekly window.
+    pub secondary: Option<PoolWindow>,
+    /// The monthly window.
+    pub monthly: Option<PoolWindow>,
+    /// As in [`PoolView`].
+    pub limit_reached: bool,
 }
 
 impl PoolView {
     /// The `x-codex-*` headers, for every answer: Codex blanks its display after one without them.
-    pub fn headers(&self) -> Vec<(HeaderName, HeaderValue)> {
+    pub fn headers(&self, seen: QuotaVisibility<'_>) -> Vec<(HeaderName, HeaderValue)> {
         let mut pairs = Vec::with_capacity(12);
-        for (window, used_percent, window_minutes, reset_at) in [
-            (
-                self.primary,
-                names::PRIMARY.0,
-                names::PRIMARY.1,
-                names::PRIMARY.2,
-            ),
-            (
-                self.secondary,
-                names::SECONDARY.0,
-                names::SECONDARY.1,
-                names::SECONDARY.2,
-            ),
-            (
-                self.monthly,
-                names::MONTHLY.0,
-                names::MONTHLY.1,
-                names::MONTHLY.2,
-            ),
+        for (window, [used_percent, window_minutes, reset_at]) in [
+            (self.primary, names::PRIMARY),
+            (self.secondary, names::SECONDARY),
+            (self.monthly, names::MONTHLY),
         ] {
             let Some(window) = window else { continue };
-            pairs.push((
-                HeaderName::from_static(used_percent),
-                decimal(window.used_percent),
-            ));
-            pairs.push((
-                HeaderName::from_static(window_minutes),
-                HeaderValue::from(window.window_minutes),
-            ));
-            pairs.extend(
-                window
-                    .resets_at
-                    .map(|at| (HeaderName::from_static(reset_at), HeaderValue::from(at))),
+            let mut push = |name, value: Option<HeaderValue>| {
+                pairs.extend(value.map(|value| (HeaderName::from_static(name), value)));
+            };
+            push(used_percent, seen.pool(decimal(window.used_percent)));
+            push(
+                window_minutes,
+                seen.limits(HeaderValue::from(window.window_minutes)),
+            );
+            push(
+                reset_at,
+                seen.limits(window.resets_at)
+                    .flatten()
+                    .map(HeaderValue::from),
             );
         }
-        if let Some(credits) = self.credits {
+        if let Some(credits) = seen.pool(self.credits).flatten() {
             let flag = |flag: bool| HeaderValue::from_static(if flag { "true" } else { "false" });
             pairs.push((
                 HeaderName::from_static("x-codex-credits-has-credits"),
@@ -93,79 +98,105 @@ impl PoolView {
         pairs
     }
 
-    /// The `codex.rate_limits` event that Codex reads on a WebSocket, where answers have no headers.
-    pub fn event(&self) -> Bytes {
-        let window = |window: PoolWindow| EventWindow {
-            used_percent: window.used_percent,
-            window_minutes: window.window_minutes,
-            reset_at: window.resets_at,
+    /// The `codex.rate_limits` event that Codex reads on a WebSocket, where answers have no headers; `None` where nothing of it may be
+    /// seen. Its readers demand the use of every window, so without that there is no window.
+    pub fn event(&self, seen: QuotaVisibility<'_>) -> Option<Bytes> {
+        let window = |window: PoolWindow| {
+            seen.pool(EventWindow {
+                used_percent: window.used_percent,
+                window_minutes: seen.limits(window.window_minutes),
+                reset_at: seen.limits(window.resets_at).flatten(),
+            })
         };
-        json(&Event {
+        let limit_reached = seen.both(self.limit_reached).unwrap_or_default();
+        seen.either(json(&Event {
             kind: "codex.rate_limits",
             plan_type: &self.plan_type,
             rate_limits: Limit {
-                allowed: !self.limit_reached,
-                limit_reached: self.limit_reached,
+                allowed: !limit_reached,
+                limit_reached,
                 windows: EventWindows {
-                    primary: self.primary.map(window),
-                    secondary: self.secondary.map(window),
-                    monthly: self.monthly.map(window),
+                    primary: self.primary.and_then(window),
+                    secondary: self.secondary.and_then(window),
+                    monthly: self.monthly.and_then(window),
                 },
             },
-            credits: self.credits.map(CreditsShown::from),
-        })
+            credits: seen.pool(self.credits).flatten().map(CreditsShown::from),
+        }))
     }
 
-    /// The answer of `GET /api/codex/usage` and `GET /wham/usage`. Its readers demand integers throughout.
-    pub fn usage(&self, now: i64) -> Bytes {
+    /// The answer of `GET /api/codex/usage` and `GET /wham/usage`. Its readers demand integers throughout, so a window is seen whole or not
+    /// at all.
+    pub fn usage(&self, now: i64, seen: QuotaVisibility<'_>) -> Bytes {
         let window = |window: PoolWindow| {
             let length = i64::from(window.window_minutes) * 60;
             let reset_at = window
                 .resets_at
                 .unwrap_or_else(|| now.saturating_add(length));
-            UsageWindow {
+            seen.both(UsageWindow {
                 used_percent: window.used_percent.round().clamp(0.0, 100.0) as u8,
                 limit_window_seconds: length,
                 reset_after_seconds: reset_at.saturating_sub(now).max(0),
                 reset_at,
+            })
+        };
+        let limit = |limit_reached: bool, windows: [Option<PoolWindow>; 3]| {
+            let [primary_window, secondary_window, monthly_window] =
+                windows.map(|shown| shown.and_then(window));
+            let limit_reached = seen.both(limit_reached).unwrap_or_default();
+            Limit {
+                allowed: !limit_reached,
+                limit_reached,
+                windows: UsageWindows {
+                    primary_window,
+                    secondary_window,
+                    monthly_window,
+                },
             }
         };
         json(&Usage {
             plan_type: &self.plan_type,
-            rate_limit: Limit {
-                allowed: !self.limit_reached,
-                limit_reached: self.limit_reached,
-                windows: UsageWindows {
-                    primary_window: self.primary.map(window),
-                    secondary_window: self.secondary.map(window),
-                    monthly_window: self.monthly.map(window),
-                },
-            },
-            credits: self.credits.map(CreditsShown::from),
+            rate_limit: limit(
+                self.limit_reached,
+                [self.primary, self.secondary, self.monthly],
+            ),
+            credits: seen.pool(self.credits).flatten().map(CreditsShown::from),
             rate_limit_reset_credits: None,
-            additional_rate_limits: [],
+            additional_rate_limits: self
+                .families
+                .iter()
+                .filter(|_| seen.both(()).is_some())
+                .map(|family| AdditionalLimit {
+                    limit_name: &family.name,
+                    metered_feature: &family.id,
+                    rate_limit: limit(
+                        family.limit_reached,
+                        [family.primary, family.secondary, family.monthly],
+                    ),
+                })
+                .collect(),
         })
     }
 }
 
 /// Header names per slot: used percent, window minutes, reset.
 mod names {
-    type Slot = (&'static str, &'static str, &'static str);
-    pub(super) const PRIMARY: Slot = (
+    type Slot = [&'static str; 3];
+    pub(super) const PRIMARY: Slot = [
         "x-codex-primary-used-percent",
         "x-codex-primary-window-minutes",
         "x-codex-primary-reset-at",
-    );
-    pub(super) const SECONDARY: Slot = (
+    ];
+    pub(super) const SECONDARY: Slot = [
         "x-codex-secondary-used-percent",
         "x-codex-secondary-window-minutes",
         "x-codex-secondary-reset-at",
-    );
-    pub(super) const MONTHLY: Slot = (
+    ];
+    pub(super) const MONTHLY: Slot = [
         "x-codex-monthly-used-percent",
         "x-codex-monthly-window-minutes",
         "x-codex-monthly-reset-at",
-    );
+    ];
 }
 
 #[derive(Serialize)]
@@ -183,7 +214,14 @@ struct Usage<'a> {
     rate_limit: Limit<UsageWindows>,
     credits: Option<CreditsShown>,
     rate_limit_reset_credits: Option<()>,
-    additional_rate_limits: [(); 0],
+    additional_rate_limits: Vec<AdditionalLimit<'a>>,
+}
+
+#[derive(Serialize)]
+struct AdditionalLimit<'a> {
+    limit_name: &'a str,
+    metered_feature: &'a str,
+    rate_limit: Limit<UsageWindows>,
 }
 
 #[derive(Serialize)]
@@ -212,7 +250,7 @@ struct UsageWindows {
 #[derive(Serialize)]
 struct EventWindow {
     used_percent: f64,
-    window_minutes: u32,
+    window_minutes: Option<u32>,
     reset_at: Option<i64>,
 }
 
@@ -259,10 +297,14 @@ fn json(value: &impl Serialize) -> Bytes {
 mod tests {
     use super::*;
     use crate::protocol::event::{Kind, kind};
-    use crate::protocol::limits::{Window, from_event, from_headers, from_usage};
+    use crate::protocol::limits::{Section, Window, from_event, from_headers, from_usage};
     use serde_json::{Value, json};
 
     const NOW: i64 = 1_800_000_000;
+
+    fn all() -> QuotaVisibility<'static> {
+        QuotaVisibility::new(None, None, false)
+    }
 
     fn view() -> PoolView {
         let window = |used_percent, window_minutes, after| PoolWindow {
@@ -281,12 +323,13 @@ mod tests {
                 unlimited: false,
                 balance: Some(12.5),
             }),
+            families: Vec::new(),
         }
     }
 
     #[test]
     fn the_usage_answer_is_the_documented_one() {
-        let usage: Value = serde_json::from_slice(&view().usage(NOW)).expect("JSON");
+        let usage: Value = serde_json::from_slice(&view().usage(NOW, all())).expect("JSON");
         assert_eq!(
             usage,
             json!({"plan_type": "pro", "rate_limit": {"allowed": true, "limit_reached": false,
@@ -309,7 +352,7 @@ mod tests {
             primary: Some(fresh),
             ..PoolView::default()
         };
-        let usage: Value = serde_json::from_slice(&view.usage(NOW)).expect("JSON");
+        let usage: Value = serde_json::from_slice(&view.usage(NOW, all())).expect("JSON");
         assert_eq!(
             usage["rate_limit"]["primary_window"]["reset_at"],
             NOW + 18_000
@@ -319,11 +362,12 @@ mod tests {
     #[test]
     fn what_we_say_reads_back_as_what_we_meant() {
         let view = view();
-        assert_eq!(kind(&view.event()), Kind::RateLimits);
+        let event = view.event(all()).expect("everything may be seen");
+        assert_eq!(kind(&event), Kind::RateLimits);
         let observations = [
-            from_headers(&view.headers().into_iter().collect(), NOW).remove(0),
-            from_event(&view.event(), NOW).remove(0),
-            from_usage(&view.usage(NOW), NOW)
+            from_headers(&view.headers(all()).into_iter().collect(), NOW).remove(0),
+            from_event(&event, NOW).remove(0),
+            from_usage(&view.usage(NOW, all()), NOW)
                 .expect("an object")
                 .observations
                 .remove(0),
@@ -347,8 +391,111 @@ mod tests {
 
     #[test]
     fn nothing_known_says_nothing() {
-        assert!(PoolView::default().headers().is_empty());
-        let event: Value = serde_json::from_slice(&PoolView::default().event()).expect("JSON");
+        assert!(PoolView::default().headers(all()).is_empty());
+        let event = PoolView::default().event(all()).expect("all may be seen");
+        let event: Value = serde_json::from_slice(&event).expect("JSON");
         assert_eq!(event["rate_limits"]["primary"], Value::Null);
+    }
+
+    /// Names and non-null places, so that nothing is told under any name.
+    fn told(json: &Value, path: &str, out: &mut Vec<String>) {
+        match json {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    told(value, &format!("{path}/{name}"), out);
+                }
+            }
+            Value::Null => {}
+            Value::Array(items) if items.is_empty() => {}
+            _ => out.push(path.trim_start_matches('/').to_owned()),
+        }
+    }
+
+    #[test]
+    fn each_spelling_tells_what_may_be_seen_and_nothing_else() {
+        use Section::{Limits, Pool};
+        let exhausted = PoolView {
+            limit_reached: true,
+            secondary: None,
+            ..view()
+        };
+        let slots = ["used-percent", "window-minutes", "reset-at"];
+        let credits = ["has-credits", "unlimited", "balance"];
+        let named = |slots: &[&str], credits: &[&str]| {
+            let slots = slots.iter().map(|slot| format!("x-codex-primary-{slot}"));
+            let credits = credits.iter().map(|name| format!("x-codex-credits-{name}"));
+            slots.chain(credits).collect::<Vec<_>>()
+        };
+        let event = ["rate_limits/allowed", "rate_limits/limit_reached"];
+        let windows = ["used_percent", "window_minutes", "reset_at"];
+        let balance = [
+            "credits/balance",
+            "credits/has_credits",
+            "credits/unlimited",
+        ];
+        let granted: [(&[Section], [usize; 3], bool); 4] = [
+            // Of the headers: slots and credits; of the event: fields of its window.
+            (&[Pool, Limits], [3, 3, 3], true),
+            (&[Pool], [1, 3, 1], true),
+            (&[Limits], [0, 0, 0], true),
+            (&[], [0, 0, 0], false),
+        ];
+        for hidden in [false, true] {
+            for (sections, [shown, paid, fields], is_told) in granted {
+                let seen = QuotaVisibility::new(Some(sections), None, hidden);
+                let [shown, paid, fields] = match hidden {
+                    false => [shown, paid, fields],
+                    true => [0, 0, 0],
+                };
+                let both = sections.len() == 2 && !hidden;
+                let case = format!("{sections:?} {hidden}");
+
+                let names: Vec<_> = exhausted
+                    .headers(seen)
+                    .into_iter()
+                    .map(|(name, _)| name.as_str().to_owned())
+                    .collect();
+                let mut expected = named(&slots[..shown], &credits[..paid]);
+                if sections == [Limits] && !hidden {
+                    expected = named(&slots[1..], &[]);
+                }
+                assert_eq!(names, expected, "{case}");
+
+                let sent = exhausted.event(seen);
+                assert_eq!(sent.is_some(), is_told && !hidden, "{case}");
+                if let Some(sent) = sent {
+                    let sent: Value = serde_json::from_slice(&sent).expect("JSON");
+                    let mut places = Vec::new();
+                    told(&sent, "", &mut places);
+                    let mut expected: Vec<String> = ["type", "plan_type"]
+                        .into_iter()
+                        .chain(event)
+                        .map(str::to_owned)
+                        .collect();
+                    expected.extend(balance[..paid].iter().map(|&name| name.to_owned()));
+                    expected.extend(
+                        windows[..fields]
+                            .iter()
+                            .map(|name| format!("rate_limits/primary/{name}")),
+                    );
+                    places.sort();
+                    expected.sort();
+                    assert_eq!(places, expected, "{case}");
+                    assert_eq!(sent["rate_limits"]["limit_reached"], both, "{case}");
+                    assert_eq!(sent["rate_limits"]["allowed"], !both, "{case}");
+                }
+
+                let usage: Value =
+                    serde_json::from_slice(&exhausted.usage(NOW, seen)).expect("JSON");
+                assert_eq!(usage["rate_limit"]["limit_reached"], both, "{case}");
+                assert_eq!(usage["rate_limit"]["allowed"], !both, "{case}");
+                assert_eq!(
+                    usage["rate_limit"]["primary_window"].is_object(),
+                    both,
+                    "{case}"
+                );
+                assert_eq!(usage["credits"].is_object(), paid > 0, "{case}");
+            }
+        }
     }
 }

@@ -128,6 +128,7 @@ pub(super) fn normalise(body: &mut Container<'_>, shape: Shape) -> Result<Facts,
     }
     Ok(Facts {
         model,
+        alias: None,
         stream: asked || matches!(shape, Shape::Codex | Shape::Frame),
         generate: body.get("generate") != Some("false"),
         previous_response_id,

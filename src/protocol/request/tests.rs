@@ -505,6 +505,7 @@ fn the_facts_are_what_the_body_says() {
     let facts = read(bytes(&body(&sent)), Shape::OpenAi).unwrap().facts;
     let expected = Facts {
         model: "gpt-5".into(),
+        alias: None,
         stream: false,
         generate: false,
         previous_response_id: Some("r".into()),
@@ -584,4 +585,16 @@ fn a_compaction_ends_in_one_trigger_and_asks_for_nothing_else() {
 fn a_request_does_not_print_its_prompt() {
     let request = read(bytes(&body(&json!({"input": "secret"}))), Shape::Codex).unwrap();
     assert!(!format!("{request:?}").contains("secret"));
+}
+
+#[test]
+fn an_alias_changes_the_model_and_nothing_else() {
+    let body = r#"{ "input":[{"role":"user","content":"the model is fast"}],  "model":"fast", "stream":true,"store":false}"#;
+    let text = |request: &Request| String::from_utf8(request.body.to_vec()).unwrap();
+    let mut request = read(Bytes::from(body), Shape::Codex).unwrap();
+    let expected = text(&request).replace(r#""model":"fast""#, r#""model":"gpt-5.4-mini""#);
+    request.redirect("gpt-5.4-mini");
+    assert_eq!(text(&request), expected);
+    assert_eq!(request.facts.model, "gpt-5.4-mini");
+    assert_eq!(request.facts.asked_model(), "fast");
 }

@@ -107,18 +107,84 @@ fn a_block_is_lifted_by_proof_that_began_after_it() {
         reason: "rate_limit_exceeded".into(),
         ..block(10, 900, None)
     };
-    for (what, block, began, source, worst_used, expected) in [
-        ("a served turn", &quota, 12, Header, 40.0, true),
-        ("a running turn", &quota, 12, Event, 40.0, true),
-        ("it began before", &quota, 9, Header, 40.0, false),
-        ("within the clocks' error", &quota, 11, Header, 40.0, false),
-        ("a window is full", &quota, 12, Header, 100.0, false),
-        ("it was refused itself", &quota, 12, Error, 40.0, false),
-        ("quota is reported", &quota, 12, Poll, 40.0, true),
-        ("no proof for a throttle", &throttle, 12, Poll, 40.0, false),
-        ("served in spite of it", &throttle, 12, Header, 40.0, true),
+    let evidence = |began, source, worst_used| Evidence {
+        observed_at: at(began),
+        source,
+        worst_used,
+        credits: false,
+        limit_reached: None,
+    };
+    let with_credits = |began, source| Evidence {
+        credits: true,
+        ..evidence(began, source, 100.0)
+    };
+    let reached = |evidence| Evidence {
+        limit_reached: Some(true),
+        ..evidence
+    };
+    for (what, block, evidence, expected) in [
+        ("a served turn", &quota, evidence(12, Header, 40.0), true),
+        ("a running turn", &quota, evidence(12, Event, 40.0), true),
+        ("it began before", &quota, evidence(9, Header, 40.0), false),
+        (
+            "within the clocks' error",
+            &quota,
+            evidence(11, Header, 40.0),
+            false,
+        ),
+        (
+            "a window is full",
+            &quota,
+            evidence(12, Header, 100.0),
+            false,
+        ),
+        ("credits stand in", &quota, with_credits(12, Header), true),
+        (
+            "it was refused itself",
+            &quota,
+            evidence(12, Error, 40.0),
+            false,
+        ),
+        ("quota is reported", &quota, evidence(131, Poll, 40.0), true),
+        (
+            "credits are reported",
+            &quota,
+            with_credits(131, Poll),
+            true,
+        ),
+        (
+            "but the limit is called reached",
+            &quota,
+            reached(with_credits(131, Poll)),
+            false,
+        ),
+        (
+            "an event calls it reached",
+            &quota,
+            reached(evidence(12, Event, 40.0)),
+            false,
+        ),
+        (
+            "the report may be behind",
+            &quota,
+            evidence(130, Poll, 40.0),
+            false,
+        ),
+        (
+            "no proof for a throttle",
+            &throttle,
+            evidence(131, Poll, 40.0),
+            false,
+        ),
+        (
+            "served in spite of it",
+            &throttle,
+            evidence(12, Header, 40.0),
+            true,
+        ),
     ] {
-        let lifted = lifts(block, at(began), source, worst_used);
+        let lifted = lifts(block, &evidence);
+        let began = evidence.observed_at.as_second() - NOW;
         assert_eq!(lifted, expected.then_some(at(began - 1)), "{what}");
         if let Some(lifted_at) = lifted {
             let lift = Block {

@@ -1,16 +1,14 @@
 //! Selection as tables and as a property.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, atomic::AtomicU32},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use proptest::prelude::*;
-use rand::{SeedableRng as _, rngs::StdRng};
 use uuid::Uuid;
 
 use super::*;
-use crate::routing::{Block, Lifecycle, Window};
+use crate::routing::{Block, Lifecycle, Points, Window, plan_weight};
+
+mod random;
+mod strategies;
 
 const NOW: i64 = 1_800_000_000;
 const MINUTE: i64 = 60;
@@ -25,11 +23,12 @@ fn account(number: usize, used_percent: f64) -> Account {
         id: id(number),
         lifecycle: Lifecycle::Active,
         plan: "plus".into(),
+        weight: 1.0,
         windows: vec![window("codex", 10_080, used_percent)],
         blocks: Vec::new(),
+        credits: None,
         models: None,
-        in_flight: Arc::new(AtomicU32::new(0)),
-        penalty: Arc::default(),
+        load: Arc::default(),
     }
 }
 
@@ -53,7 +52,7 @@ fn blocked(mut account: Account, seconds: i64) -> Account {
 }
 
 fn penalised(account: Account) -> Account {
-    account.penalty.strike(NOW);
+    account.load.penalty.strike(NOW);
     account
 }
 
@@ -78,19 +77,49 @@ const ASK: Ask<'static> = Ask {
     tried: &[],
     allowed: None,
     anchored: false,
+    policy: Policy {
+        strategy: Strategy::Capacity,
+        turns_per_account: None,
+    },
+    point: 0.5,
 };
 
+/// Of a plan.
+fn planned(account: Account, plan: &str) -> Account {
+    with(account, |account| {
+        account.plan = plan.into();
+        account.weight = plan_weight(plan);
+    })
+}
+
+/// With so many turns in flight.
+fn busy(account: Account, turns: u32) -> Account {
+    (1..=turns).for_each(|turn| assert!(account.load.enter(turn.into(), None)));
+    account
+}
+
 fn decide(accounts: Vec<Account>, ask: &Ask<'_>) -> Decision {
-    select(&View { accounts }, ask, &mut StdRng::seed_from_u64(7))
+    select(&View { accounts }, ask)
+}
+
+fn by(strategy: Strategy) -> Ask<'static> {
+    Ask {
+        policy: Policy {
+            strategy,
+            turns_per_account: None,
+        },
+        ..ASK
+    }
 }
 
 /// How often each account is drawn in 10,000 turns.
 fn shares(accounts: Vec<Account>) -> BTreeMap<AccountId, f64> {
     let view = View { accounts };
-    let mut rng = StdRng::seed_from_u64(7);
+    let points = Points::new(7);
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {
-        let Decision::Use(choice) = select(&view, &ASK, &mut rng) else {
+        let (_, point) = points.take();
+        let Decision::Use(choice) = select(&view, &Ask { point, ..ASK }) else {
             panic!("there are accounts");
         };
         *shares.entry(choice.account).or_default() += 1.0 / 10_000.0;
@@ -100,10 +129,8 @@ fn shares(accounts: Vec<Account>) -> BTreeMap<AccountId, f64> {
 
 #[test]
 fn turns_are_spread_by_what_is_left_and_by_what_runs() {
-    let pro = with(account(2, 40.0), |account| account.plan = "pro".into());
-    let busy = with(account(2, 40.0), |account| {
-        account.in_flight = Arc::new(AtomicU32::new(3))
-    });
+    let pro = planned(account(2, 40.0), "pro");
+    let busy = busy(account(2, 40.0), 3);
     let unknown = with(account(2, 0.0), |account| account.windows.clear());
     let scarce = with(account(2, 40.0), |account| {
         account.windows.push(window("codex", 300, 80.0))
@@ -141,7 +168,7 @@ fn turns_are_spread_by_what_is_left_and_by_what_runs() {
 
 #[test]
 fn full_accounts_still_serve_and_share_by_size() {
-    let pro = with(account(2, 105.0), |account| account.plan = "pro".into());
+    let pro = planned(account(2, 105.0), "pro");
     let shares = shares(vec![account(1, 100.0), pro]);
     assert!((shares[&id(2)] - 0.87).abs() < 0.05, "{shares:?}");
 }
@@ -149,7 +176,7 @@ fn full_accounts_still_serve_and_share_by_size() {
 #[test]
 fn a_conversation_keeps_its_account_unless_another_is_clearly_better() {
     use Sticky::*;
-    let pro = |used| with(account(2, used), |account| account.plan = "pro".into());
+    let pro = |used| planned(account(2, used), "pro");
     let paused = with(account(1, 0.0), |account| {
         account.lifecycle = Lifecycle::Paused
     });
@@ -188,7 +215,7 @@ fn a_conversation_keeps_its_account_unless_another_is_clearly_better() {
         ),
         (
             "over, but the other has hardly more",
-            with(account(1, 96.0), |a| a.plan = "pro".into()),
+            planned(account(1, 96.0), "pro"),
             account(2, 60.0),
             Kept,
             1,
@@ -405,7 +432,7 @@ fn without_an_account_the_decision_says_whether_waiting_helps() {
         let resets_at = match decide(accounts, &Ask { tried, ..ASK }) {
             Decision::Use(choice) => panic!("{what}: {choice:?}"),
             Decision::Exhausted { resets_at, .. } => Some(resets_at - NOW),
-            Decision::Nobody { .. } => None,
+            Decision::Busy { .. } | Decision::Nobody { .. } => None,
         };
         assert_eq!(resets_at, expected, "{what}");
     }
@@ -452,9 +479,7 @@ fn a_catalogue_excludes_only_where_another_has_the_model() {
 #[test]
 fn an_explanation_reads_well_as_json_and_as_text() {
     let pool = vec![
-        with(account(1, 37.0), |account| {
-            account.in_flight = Arc::new(AtomicU32::new(2))
-        }),
+        busy(account(1, 37.0), 2),
         with(account(2, 0.0), |account| {
             account.lifecycle = Lifecycle::Paused
         }),
@@ -473,6 +498,7 @@ fn an_explanation_reads_well_as_json_and_as_text() {
     assert_eq!(
         serde_json::to_value(&choice.explanation).unwrap(),
         serde_json::json!({
+            "strategy": "capacity",
             "considered": 5,
             "eligible": 2,
             "penalised": 1,
@@ -484,93 +510,8 @@ fn an_explanation_reads_well_as_json_and_as_text() {
     assert_eq!(
         choice.explanation.to_string(),
         format!(
-            "2 of 5 accounts eligible (1 not_granted, 1 paused, 1 blocked), 1 of them penalised; chose {} with capacity 0.63, 37 % used, 2 in flight, sticky kept",
+            "2 of 5 accounts eligible (1 not_granted, 1 paused, 1 blocked), 1 of them penalised; chose {} by capacity with capacity 0.63, 37 % used, 2 in flight, sticky kept",
             id(1)
         )
     );
-}
-
-fn any_account() -> impl Strategy<Value = (Account, bool, bool)> {
-    let lifecycle = prop_oneof![
-        4 => Just(Lifecycle::Active),
-        1 => Just(Lifecycle::Paused),
-        1 => Just(Lifecycle::ReauthRequired),
-        1 => Just(Lifecycle::Deactivated),
-    ];
-    let block = proptest::option::weighted(0.4, (-100_i64..100, any::<bool>()));
-    let models = proptest::option::of(any::<bool>());
-    (
-        lifecycle,
-        block,
-        models,
-        0.0..120.0,
-        0_u32..9,
-        any::<(bool, bool, bool)>(),
-    )
-        .prop_map(
-            |(lifecycle, block, has_model, used, in_flight, (tried, allowed, failed))| {
-                let mut made = with(account(0, used), |account| {
-                    account.lifecycle = lifecycle;
-                    account.in_flight = Arc::new(AtomicU32::new(in_flight));
-                });
-                if let Some((seconds, own_family)) = block {
-                    made = blocked(made, seconds);
-                    if !own_family {
-                        made.blocks[0].family = "codex_bengalfox".into();
-                    }
-                }
-                if let Some(has_model) = has_model {
-                    made = listing(made, if has_model { &[ASK.model] } else { &["gpt-4"] });
-                }
-                if failed {
-                    made = penalised(made);
-                }
-                (made, tried, allowed)
-            },
-        )
-}
-
-proptest! {
-    #[test]
-    fn only_an_account_that_may_serve_is_chosen_and_always_one_if_there_is(
-        made in proptest::collection::vec(any_account(), 0..8),
-        sticky in proptest::option::of(0_usize..10),
-        seed: u64,
-    ) {
-        let (mut accounts, mut tried, mut allowed) = (Vec::new(), Vec::new(), Vec::new());
-        for (number, (mut account, was_tried, is_allowed)) in made.into_iter().enumerate() {
-            account.id = id(number);
-            tried.extend(was_tried.then_some(account.id));
-            allowed.extend(is_allowed.then_some(account.id));
-            accounts.push(account);
-        }
-        let has = |account: &Account| account.models.as_ref().map(|models| models.contains(ASK.model));
-        let listed = accounts.iter().any(|account| has(account) == Some(true));
-        let may_serve = |account: &Account| {
-            account.lifecycle == Lifecycle::Active
-                && !account.blocks.iter().any(|block| block.family == "codex" && block.until > NOW)
-                && !(listed && has(account) == Some(false))
-                && allowed.contains(&account.id)
-                && !tried.contains(&account.id)
-        };
-        let expected: Vec<AccountId> = accounts.iter().filter(|account| may_serve(account)).map(|account| account.id).collect();
-        let ask = Ask { sticky: sticky.map(id), tried: &tried, allowed: Some(&allowed), ..ASK };
-        let view = View { accounts };
-        let decision = select(&view, &ask, &mut StdRng::seed_from_u64(seed));
-        prop_assert_eq!(&decision, &select(&view, &ask, &mut StdRng::seed_from_u64(seed)), "a seed decides");
-        match decision {
-            Decision::Use(choice) => {
-                prop_assert!(expected.contains(&choice.account));
-                prop_assert_eq!(choice.explanation.eligible as usize, expected.len());
-                prop_assert_eq!(choice.sticky == Sticky::Kept, ask.sticky == Some(choice.account));
-                let excluded: u32 = choice.explanation.excluded.iter().map(|(_, count)| count).sum();
-                prop_assert_eq!(choice.explanation.eligible + excluded, choice.explanation.considered);
-            }
-            Decision::Exhausted { resets_at, .. } => {
-                prop_assert!(expected.is_empty());
-                prop_assert!(resets_at > NOW);
-            }
-            Decision::Nobody { .. } => prop_assert!(expected.is_empty()),
-        }
-    }
 }

@@ -2,10 +2,6 @@
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
     time::{Duration, Instant},
 };
 
@@ -85,7 +81,6 @@ impl Turn<'_> {
         began: Instant,
     ) -> Attempted {
         let upstream = &self.engine.upstream;
-        let _slot = self.slot(account);
         let opening = carrier.open(upstream, account, credential, &self.ask, self.detour);
         match self.unless_over(opening).await {
             Err(over) => return Attempted::Over(over),
@@ -142,8 +137,9 @@ impl Turn<'_> {
             first: next,
         };
         let ledger = &self.engine.ledger;
-        // A request that brings everything needs no Postgres for a while, and no lease then.
-        let bridged = facts.previous_response_id.is_none() && self.ask.forwarded.is_none();
+        // A request that brings everything needs no Postgres for a while, and no lease then; unless it may have begun elsewhere.
+        let elsewhere = self.ask.forwarded.is_some() || self.ask.sent;
+        let bridged = facts.previous_response_id.is_none() && !elsewhere;
         if bridged && let Some(opened) = ledger.open_late(opening.clone()) {
             return self.begun(opened).await;
         }
@@ -270,10 +266,16 @@ impl Turn<'_> {
                         .quota
                         .observe(account, &observation, began, quota::Source::Event);
                 }
-                self.hold_or_send(Event::from_json(self.pool_event())).await
+                match self.pool_event() {
+                    Some(json) => self.hold_or_send(Event::from_json(json)).await,
+                    None => Ok(()),
+                }
             }
             Kind::Metadata => {
-                match headers::metadata_to_client(&event.data(), &self.ask.request.facts.model) {
+                match headers::metadata_to_client(
+                    &event.data(),
+                    self.ask.request.facts.asked_model(),
+                ) {
                     Some(json) => self.hold_or_send(Event::from_json(json)).await,
                     None => Ok(()),
                 }
@@ -315,7 +317,7 @@ impl Turn<'_> {
             self.out
                 .send(Item::Head(headers::to_client(
                     headers,
-                    &self.ask.request.facts.model,
+                    self.ask.request.facts.asked_model(),
                 )))
                 .await?;
         }
@@ -334,13 +336,9 @@ impl Turn<'_> {
     }
 
     /// The pool's limits in the form in which Codex reads one account's.
-    fn pool_event(&self) -> bytes::Bytes {
-        quota::pool_view(
-            &self.engine.upstream.view(),
-            self.now(),
-            self.ask.caller.accounts(),
-        )
-        .event()
+    fn pool_event(&self) -> Option<bytes::Bytes> {
+        let seen = self.ask.caller.sees(self.engine.hide_quota);
+        quota::pool_view(&self.engine.upstream.view(), self.now(), seen).event(seen)
     }
 
     /// A credential that cannot be had is upstream's refusal in other words.
@@ -352,27 +350,6 @@ impl Turn<'_> {
         };
         tracing::warn!(turn_id = %self.ask.id, %error, "no fresh credential");
         Failure::local(class, "Upstream cannot be asked at the moment", self.now())
-    }
-
-    fn slot(&self, account: AccountId) -> Option<Slot> {
-        let view = self.engine.upstream.view();
-        Some(Slot::take(&view.account(account)?.in_flight))
-    }
-}
-
-/// A turn in flight at an account.
-struct Slot(Arc<AtomicU32>);
-
-impl Slot {
-    fn take(counter: &Arc<AtomicU32>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(counter))
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -230,6 +230,12 @@ impl Stop {
                 Some("no_accounts"),
                 Some("no_accounts".into()),
             ),
+            Self::Busy => (
+                Outcome::Refused,
+                429,
+                Some("busy"),
+                Some("proxy_overloaded".into()),
+            ),
             Self::PreviousResponseNotFound => (
                 Outcome::Refused,
                 400,

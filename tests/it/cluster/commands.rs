@@ -43,7 +43,7 @@ async fn explain_tells_a_forwarded_turn_and_a_refused_request() {
         "v1/responses over http, model gpt-5.5",
         "completed with 200",
         "it went on in the session that this replica had open",
-        "alice: 1 of 1 accounts could serve it",
+        "alice by capacity: 1 of 1 accounts could serve it",
         "alice over websocket: completed",
         "unchanged since; r0",
         "kept: ",

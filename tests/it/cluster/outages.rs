@@ -7,6 +7,7 @@ use loadtest::{
     upstream::{Fault, Kind},
 };
 use redis::AsyncCommands as _;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::sleep};
 
@@ -301,6 +302,23 @@ async fn postgres_away(modes: &[Mode]) {
         .await;
     }
     unmoved(&cluster, &before).await;
+}
+
+#[tokio::test]
+async fn a_replica_that_postgres_does_not_answer_leaves_all_the_same() {
+    for mode in [Mode::HalfOpen, Mode::BlackHole] {
+        let mut cluster = Cluster::start(Plan {
+            settings: &[("DRAWBRIDGE_DRAIN_DELAY", "0s")],
+            ..Plan::default()
+        })
+        .await;
+        let one = turn(&cluster, 0, "c", "t").json(&script("hi", false));
+        Answer::of(one.send().await.unwrap()).await.id();
+        cluster.postgres().for_each(|edge| edge.set(mode));
+        cluster.signal(0, Signal::TERM);
+        let service = cluster.replicas[0].service.as_mut().unwrap();
+        service.ended().await;
+    }
 }
 
 #[tokio::test]

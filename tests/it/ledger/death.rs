@@ -61,25 +61,47 @@ async fn turns_of_the_dead_are_settled_once_by_estimate_and_those_of_the_living_
         let side = agreed(&one).await;
         assert_eq!((side.turns, side.attempts, side.estimated), (303, 303, 303));
 
-        // Whom others think dead may send and book nothing more.
+        // Whom others think dead may send nothing more.
         assert!(!dead.attempt(&mut late, to(AccountId::new())).await.unwrap());
-        assert!(
-            !dead
-                .settle(&late, &settlement(Outcome::Completed))
-                .await
-                .unwrap()
-                .turn
-        );
-        dead.flush().await;
-        assert_eq!(agreed(&one).await, side);
         // Its client comes back elsewhere.
         let retry = open(&other, scope, "a").await;
         assert_eq!((retry.is_retry(), retry.turn()), (true, late.turn()));
+        // Nor book what is another's by now.
+        let settled = dead.settle(&late, &settlement(Outcome::Completed)).await;
+        assert!(!settled.unwrap().turn);
+        dead.flush().await;
         assert!(
             one.settle(&living, &settlement(Outcome::Completed))
                 .await
                 .unwrap()
                 .turn
+        );
+    }
+}
+
+#[tokio::test]
+async fn who_was_given_up_and_comes_back_replaces_the_estimate_by_what_upstream_said_once() {
+    for store in Store::both_ways().await {
+        let (paused, boot) = replica(&store).await;
+        let (peer, _) = replica(&store).await;
+        let mut turn = open(&paused, ScopeId::new(), "t").await;
+        bury(&store.client, boot).await;
+        assert_eq!(peer.sweep().await.unwrap(), 1);
+        assert_eq!(agreed(&peer).await.estimated, 1);
+
+        turn.end(ended(reported(1000, 100)));
+        for first in [true, false] {
+            let settled = paused.settle(&turn, &settlement(Outcome::Completed)).await;
+            assert_eq!(settled.unwrap().turn, first);
+        }
+        paused.flush().await;
+        let row = "select concat_ws(' ', state, outcome, response_id, input_tokens, output_tokens, estimated) from turns";
+        let told = "settled completed resp_1 1000 100 f";
+        assert_eq!(text(&store.client, row).await, told);
+        let side = agreed(&peer).await;
+        assert_eq!(
+            (side.turns, side.input_tokens, side.estimated),
+            (1, 1000, 0)
         );
     }
 }

@@ -75,6 +75,21 @@ apps = false
         }
     }
 
+    /// A CLI with a ChatGPT login of its own, which asks the service whatever it would ask ChatGPT.
+    pub(crate) fn with_login(house: &str, auth_json: &str) -> Self {
+        let codex = Self::new(&format!("{house}/backend-api/codex"), "", Wire::Sse);
+        let path = codex.home.path().join("config.toml");
+        let config = std::fs::read_to_string(&path).unwrap();
+        let config = config.replace(
+            r#"env_key = "DRAWBRIDGE_KEY""#,
+            "requires_openai_auth = true",
+        );
+        let config = format!("chatgpt_base_url = \"{house}/backend-api/\"\n{config}");
+        std::fs::write(path, config).unwrap();
+        std::fs::write(codex.home.path().join("auth.json"), auth_json).unwrap();
+        codex
+    }
+
     /// `codex exec PROMPT`.
     pub(crate) async fn exec(&self, prompt: &str) -> Run {
         let work = self.home.path().join("work");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use drawbridge::{
     account::{Accounts, AuthFile},
     api_key::{self, Grants, NewKey},
-    config::{Config, Drain, KeyRule, Settings, Transport},
+    config::{Config, Drain, KeyRule, OperatorToken, Settings, Transport},
     db::{Db, Endpoint, Installation, migrate},
     ids::AccountId,
     secret::KeyRing,
@@ -31,8 +31,13 @@ pub(crate) struct House {
     pub(crate) installation: Installation,
     pub(crate) http: reqwest::Client,
     key: Option<String>,
+    config: Config,
+    endpoint: Endpoint,
     _test: TestDb,
 }
+
+/// What opens the operators' API of every house.
+pub(crate) const OPERATOR: &str = "operator-of-the-tests";
 
 /// How a house differs from the ordinary one.
 pub(crate) struct Plan {
@@ -42,6 +47,14 @@ pub(crate) struct Plan {
     pub(crate) key_rule: KeyRule,
     /// Whether a key is created, which the helpers then send.
     pub(crate) key: bool,
+    /// Whether no client sees anything of quota.
+    pub(crate) hide_quota: bool,
+    /// How often upstream is asked about usage.
+    pub(crate) usage_poll: Option<Duration>,
+    /// Whatever else is set otherwise.
+    pub(crate) settings: fn(&mut Config),
+    /// What upstream is told before the service starts.
+    pub(crate) before: fn(&Upstream),
 }
 
 impl Default for Plan {
@@ -52,6 +65,10 @@ impl Default for Plan {
             transport: Transport::Auto,
             key_rule: KeyRule::Auto,
             key: true,
+            hide_quota: false,
+            usage_poll: None,
+            settings: |_| {},
+            before: |_| {},
         }
     }
 }
@@ -93,23 +110,9 @@ impl House {
         } else {
             None
         };
+        (plan.before)(&upstream);
         let config = config(&plan, &upstream);
-        let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (client, admin) = (listen().await, listen().await);
-        let own = Db::new(&endpoint, &endpoint).unwrap();
-        let server = Server::start(
-            &config,
-            own,
-            ring.clone(),
-            installation.clone(),
-            Listeners {
-                client,
-                admin,
-                internal: None,
-            },
-        )
-        .await
-        .unwrap();
+        let server = serve(&config, &endpoint, &ring, &installation).await;
         Self {
             upstream,
             server,
@@ -119,8 +122,15 @@ impl House {
             installation,
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
             key,
+            config,
+            endpoint,
             _test: test,
         }
+    }
+
+    /// A further replica of this house.
+    pub(crate) async fn neighbour(&self) -> Server {
+        serve(&self.config, &self.endpoint, &self.ring, &self.installation).await
     }
 
     /// A URL of the service.
@@ -153,8 +163,22 @@ impl House {
 
     /// A turn as the Codex CLI asks for it over HTTP.
     pub(crate) async fn codex_turn(&self, thread: &str, turn: &str, text: &str) -> Response {
+        self.codex_turn_at(&self.server, thread, turn, text).await
+    }
+
+    /// The same at some replica.
+    pub(crate) async fn codex_turn_at(
+        &self,
+        server: &Server,
+        thread: &str,
+        turn: &str,
+        text: &str,
+    ) -> Response {
+        let url = format!("http://{}/backend-api/codex/responses", server.address);
         let request = self
-            .post("/backend-api/codex/responses")
+            .http
+            .post(url)
+            .bearer_auth(self.key())
             .header("thread-id", thread)
             .header("session-id", thread);
         let metadata = json!({ "turn_id": turn, "thread_id": thread, "session_id": thread, "request_kind": "turn" });
@@ -305,6 +329,23 @@ async fn import(accounts: &Accounts, upstream: &Upstream, name: &str) {
     accounts.import(&file, Some(name)).await.unwrap();
 }
 
+async fn serve(
+    config: &Config,
+    endpoint: &Endpoint,
+    ring: &KeyRing,
+    installation: &Installation,
+) -> Server {
+    let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listeners = Listeners {
+        client: listen().await,
+        admin: listen().await,
+        internal: None,
+    };
+    let db = Db::new(endpoint, endpoint).unwrap();
+    let started = Server::start(config, db, ring.clone(), installation.clone(), listeners);
+    started.await.unwrap()
+}
+
 async fn create_key(db: &Db, installation: &Installation, name: &str, grants: Grants) -> String {
     let new = NewKey {
         name: name.to_owned(),
@@ -324,5 +365,9 @@ fn config(plan: &Plan, upstream: &Upstream) -> Config {
     config.upstream.auth_url = upstream.auth_url();
     config.upstream.transport = plan.transport;
     config.key_rule = plan.key_rule;
+    config.hide_quota = plan.hide_quota;
+    config.upstream.usage_poll = plan.usage_poll;
+    config.operator_token = Some(OperatorToken(OPERATOR.into()));
+    (plan.settings)(&mut config);
     config
 }

@@ -32,6 +32,11 @@ impl Store {
         ]
     }
 
+    /// Where the database is, for a program.
+    pub(crate) fn url(&self) -> &str {
+        &self.test.url
+    }
+
     /// The same database as another process reaches it.
     pub(crate) fn another(&self) -> Db {
         Db::new(&self.pooled, &self.direct).unwrap()

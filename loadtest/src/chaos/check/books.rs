@@ -2,10 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::{Violation, died_unseen, struck, violation};
+use super::{
+    Violation,
+    path::{Path, Paths},
+    violation,
+};
 use crate::{
     chaos::{
-        history::{Booked, History, Turn, tag},
+        history::{Booked, Turn, asked, tag},
         plan::{Misfortune, Side, What},
     },
     upstream::{Attempt, Usage},
@@ -17,13 +21,14 @@ struct Entry<'a> {
     booked: &'a Booked,
 }
 
-pub(super) fn check(history: &History) -> Vec<Violation> {
+pub(super) fn check(paths: &Paths<'_>) -> Vec<Violation> {
+    let history = paths.history;
     let mut found: Vec<Violation> = history.turns.iter().filter_map(sums).collect();
     let mut booked: BTreeMap<Option<&str>, Vec<Entry<'_>>> = BTreeMap::new();
     for turn in &history.turns {
         let entries = turn.attempts.iter().map(|booked| Entry { turn, booked });
         booked
-            .entry(turn.tag.as_deref())
+            .entry(turn.tag.as_deref().map(asked))
             .or_default()
             .extend(entries);
     }
@@ -32,15 +37,26 @@ pub(super) fn check(history: &History) -> Vec<Violation> {
     for attempt in &history.attempts {
         // One that upstream did not let in belongs to no account.
         if let Some(tag) = tag(attempt).filter(|_| attempt.account != "?") {
-            sent.entry(tag).or_default().push(attempt);
+            sent.entry(asked(&tag).to_owned())
+                .or_default()
+                .push(attempt);
         }
     }
     for (tag, attempts) in &sent {
         let mut entries = booked.remove(&Some(tag.as_str())).unwrap_or_default();
-        let unbooked = pair(history, attempts.clone(), &mut entries);
-        let unbooked = pair(history, unbooked, &mut nameless);
+        let unbooked = pair(paths, attempts.clone(), &mut entries);
+        let unbooked = pair(paths, unbooked, &mut nameless);
         nameless.extend(entries);
-        let lost = |attempt: &&&Attempt| !died_unseen(history, attempt.at, attempt.at + 5_000);
+        // Nobody has recorded who sent it.
+        let lost = |attempt: &&&Attempt| {
+            let path = Path {
+                from: attempt.at,
+                to: attempt.at + 5_000,
+                replicas: history.boots.values().copied().collect(),
+                ..Path::default()
+            };
+            !paths.died_unseen(&path)
+        };
         found.extend(unbooked.iter().filter(lost).map(|attempt| {
             let what = format!(
                 "attempt {} of {tag} at {}: {:?}, cut {}",
@@ -51,8 +67,7 @@ pub(super) fn check(history: &History) -> Vec<Violation> {
     }
     nameless.extend(booked.into_values().flatten());
     let unsent = nameless.iter().filter(|entry| {
-        let (from, to) = span(entry.turn);
-        let guess = entry.booked.estimated && disturbed(history, from, to);
+        let guess = entry.booked.estimated && disturbed(paths, entry, u64::MAX);
         entry.booked.usage != [0; 4] && !guess
     });
     found.extend(unsent.map(|entry| {
@@ -82,14 +97,14 @@ fn sums(turn: &Turn) -> Option<Violation> {
 
 /// Takes from `entries` those that stand for the attempts; yields the attempts for which none does. The surest first.
 fn pair<'a>(
-    history: &History,
+    paths: &Paths<'_>,
     mut attempts: Vec<&'a Attempt>,
     entries: &mut Vec<Entry<'_>>,
 ) -> Vec<&'a Attempt> {
     for stands in [told, refused, guessed] {
         attempts.retain(|attempt| {
             let found = entries.iter().position(|entry| {
-                entry.booked.account == attempt.account && stands(history, attempt, entry)
+                entry.booked.account == attempt.account && stands(paths, attempt, entry)
             });
             if let Some(index) = found {
                 entries.swap_remove(index);
@@ -100,18 +115,18 @@ fn pair<'a>(
     attempts
 }
 
-fn told(_: &History, attempt: &Attempt, entry: &Entry<'_>) -> bool {
+fn told(_: &Paths<'_>, attempt: &Attempt, entry: &Entry<'_>) -> bool {
     attempt.usage.map(flat) == Some(entry.booked.usage) && !entry.booked.estimated
 }
 
-fn refused(_: &History, attempt: &Attempt, entry: &Entry<'_>) -> bool {
+fn refused(_: &Paths<'_>, attempt: &Attempt, entry: &Entry<'_>) -> bool {
     attempt.usage.is_none() && entry.booked.usage == [0; 4] && !entry.booked.estimated
 }
 
 /// A guess stands for what was cut, on whichever side.
-fn guessed(history: &History, attempt: &Attempt, entry: &Entry<'_>) -> bool {
-    let (from, to) = span(entry.turn);
-    let cut = attempt.usage.is_none() || disturbed(history, from.min(attempt.at), to);
+fn guessed(paths: &Paths<'_>, attempt: &Attempt, entry: &Entry<'_>) -> bool {
+    let left = entry.booked.class.as_deref() == Some("cancelled") && paths.left(entry.turn);
+    let cut = attempt.usage.is_none() || left || disturbed(paths, entry, attempt.at);
     entry.booked.estimated && cut
 }
 
@@ -119,20 +134,21 @@ fn flat(usage: Usage) -> [u64; 4] {
     [usage.input, usage.cached, usage.output, usage.reasoning]
 }
 
-fn span(turn: &Turn) -> (u64, u64) {
-    (turn.born, turn.settled.unwrap_or(u64::MAX))
-}
-
-/// Whether what upstream said may not have arrived.
-fn disturbed(history: &History, from: u64, to: u64) -> bool {
-    struck(history, from, to, |what| {
-        matches!(
-            what,
-            What::Kill(_)
-                | What::Pause(_)
-                | What::Drain(_)
-                | What::Edge(_, Side::Upstream, _)
-                | What::Account(_, Misfortune::Cut | Misfortune::Closed | Misfortune::Silent)
-        )
+/// Whether what upstream said may not have arrived, at this replica from this account; since `sent`, if that was before the turn.
+fn disturbed(paths: &Paths<'_>, entry: &Entry<'_>, sent: u64) -> bool {
+    let (replica, account) = (
+        paths.replica(&entry.booked.boot),
+        paths.account(&entry.booked.account),
+    );
+    let from = entry.turn.born.min(sent);
+    let to = entry.turn.settled.unwrap_or(u64::MAX);
+    paths.struck(from, to, |what| match what {
+        What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, Side::Upstream, _) => {
+            replica == Some(r)
+        }
+        What::Account(a, Misfortune::Cut | Misfortune::Closed | Misfortune::Silent) => {
+            account == Some(a)
+        }
+        _ => false,
     })
 }

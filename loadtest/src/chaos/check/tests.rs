@@ -5,7 +5,7 @@ use serde_json::json;
 use super::*;
 use crate::{
     chaos::{
-        history::Booked,
+        history::{Booked, Struck},
         plan::{Break, Misfortune},
     },
     upstream::{Attempt, Usage},
@@ -17,11 +17,13 @@ fn call(tag: &str, continues: Option<&str>, meant: &[&str], id: &str) -> Call {
     Call {
         tag: tag.into(),
         key: 0,
+        entry: Some(0),
         style: Style::Chain,
         client_turn: None,
         continues: continues.map(str::to_owned),
         meant: meant.iter().map(|line| (*line).to_owned()).collect(),
         intrudes: false,
+        healed: false,
         began: 1_000,
         ended: 2_000,
         end: End::Completed {
@@ -58,6 +60,7 @@ fn turn(tag: &str, id: &str) -> Turn {
         boot: "boot".into(),
         attempts: vec![Booked {
             account: "alice".into(),
+            boot: "boot".into(),
             class: Some("completed".into()),
             usage: USAGE,
             estimated: false,
@@ -74,8 +77,14 @@ fn lease(generation: i64, owner: &str) -> Lease {
         id: "lease".into(),
         generation,
         owner: Some(owner.into()),
+        dead: false,
         busy: None,
     }
+}
+
+fn seen(generation: i64, owner: &str) -> Sighting {
+    let lease = lease(generation, owner);
+    Sighting { at: 1_000, lease }
 }
 
 const FIRST: [&str; 1] = ["user: a"];
@@ -91,7 +100,9 @@ fn good() -> History {
         attempts: vec![attempt(0, &FIRST, "resp_1"), attempt(1, &SECOND, "resp_2")],
         turns: vec![turn("a", "resp_1"), turn("b", "resp_2")],
         leases: vec![lease(7, "boot")],
-        sightings: vec![lease(7, "boot")],
+        sightings: vec![seen(7, "boot")],
+        boots: [("boot".to_owned(), 0), ("other".to_owned(), 1)].into(),
+        accounts: vec!["alice".into(), "bob".into()],
         ..History::default()
     }
 }
@@ -130,13 +141,33 @@ fn a_good_history_breaks_no_promise() {
 }
 
 #[test]
-fn every_turn_is_closed_and_no_lease_busy_with_one_that_is() {
+fn every_turn_is_closed_and_no_living_replica_keeps_a_lease_busy() {
     assert_eq!(
         after(|history| history.turns[0].state = "open".into()),
         ["open_turn"]
     );
     let busy = |history: &mut History| history.leases[0].busy = Some("request of a".into());
     assert_eq!(after(busy), ["busy_lease"]);
+    let buried = |history: &mut History| {
+        busy(history);
+        history.leases[0].dead = true;
+    };
+    assert_eq!(after(buried), NOTHING, "whoever claims it wipes that");
+    let forgotten = |history: &mut History| {
+        busy(history);
+        history.leases[0].owner = None;
+    };
+    assert_eq!(after(forgotten), NOTHING, "as that");
+}
+
+#[test]
+fn when_everything_has_healed_every_conversation_goes_on() {
+    let stuck = |history: &mut History| {
+        history.calls[1].healed = true;
+        fail(&mut history.calls[1], "continuity_unavailable");
+        strike(history, AWAY);
+    };
+    assert_eq!(after(stuck), ["stuck"]);
 }
 
 #[test]
@@ -219,30 +250,66 @@ fn usage_is_guessed_only_where_something_was_cut() {
 }
 
 #[test]
-fn what_was_delivered_complete_can_be_continued() {
+fn usage_of_a_turn_whose_client_left_may_be_a_guess() {
+    let cancelled = |history: &mut History| {
+        let booked = &mut history.turns[0].attempts[0];
+        (booked.estimated, booked.class) = (true, Some("cancelled".into()));
+    };
+    assert_eq!(after(cancelled), ["sent_unbooked", "booked_unsent"]);
+    let left = |history: &mut History| {
+        cancelled(history);
+        history.calls[0].end = End::Left;
+    };
+    assert_eq!(after(left), NOTHING);
+}
+
+#[test]
+fn a_turn_is_called_after_what_its_response_answers() {
+    let mut turns = [turn("a", "resp_1"), turn("?", "resp_2")];
+    turns[1].tag = None;
+    history::name(&mut turns, &[attempt(1, &SECOND, "resp_2")]);
+    assert_eq!(turns[1].tag.as_deref(), Some("b"));
+}
+
+#[test]
+fn what_was_delivered_complete_can_be_continued_once_it_is_booked() {
     for code in FORGOTTEN {
         let forgotten = |history: &mut History| {
             fail(&mut history.calls[1], code);
-        };
-        assert_eq!(after(forgotten), ["forgotten"]);
-        let away = |history: &mut History| {
-            forgotten(history);
+            history.calls[1].began = 1_950;
             strike(history, AWAY);
         };
-        assert_eq!(after(away), NOTHING);
+        assert_eq!(after(forgotten), ["forgotten"], "whatever is away");
+        let late = |history: &mut History| {
+            forgotten(history);
+            history.turns[0].settled = Some(1_960);
+        };
+        assert_eq!(after(late), NOTHING);
     }
     let repaired = |history: &mut History| {
         fail(&mut history.calls[1], "previous_response_not_found");
+        history.calls[1].began = 1_950;
         history.calls[1].style = Style::CodexSocket;
     };
-    assert_eq!(after(repaired), NOTHING);
+    assert_eq!(after(repaired), ["forgotten"], "for no reason");
+    for (what, excused) in [
+        (What::Kill(0), true),
+        (What::Kill(1), false),
+        (What::Redis, false),
+    ] {
+        let lost = |history: &mut History| {
+            repaired(history);
+            strike(history, what);
+        };
+        assert_eq!(after(lost).is_empty(), excused, "{what:?}");
+    }
 }
 
 #[test]
 fn a_generation_has_one_owner_and_none_comes_back() {
-    let back = |history: &mut History| history.sightings.push(lease(6, "boot"));
+    let back = |history: &mut History| history.sightings.push(seen(6, "boot"));
     assert_eq!(after(back), ["generation"]);
-    let two = |history: &mut History| history.sightings.push(lease(7, "other"));
+    let two = |history: &mut History| history.sightings.push(seen(7, "other"));
     assert_eq!(after(two), ["two_owners"]);
     let turns = |history: &mut History| history.turns[1].boot = "other".into();
     assert_eq!(after(turns), ["two_owners"]);
@@ -254,7 +321,7 @@ fn a_generation_has_one_owner_and_none_comes_back() {
     let taken = |history: &mut History| {
         history.turns[1].generation = Some(8);
         history.turns[1].boot = "other".into();
-        history.sightings.push(lease(8, "other"));
+        history.sightings.push(seen(8, "other"));
     };
     assert_eq!(after(taken), NOTHING);
 }
@@ -263,24 +330,82 @@ fn a_generation_has_one_owner_and_none_comes_back() {
 fn errors_are_known_well_formed_and_connections_break_for_a_reason() {
     let unknown = |history: &mut History| fail(&mut history.calls[1], "internal_error");
     assert_eq!(after(unknown), ["error"]);
-    let known = |history: &mut History| fail(&mut history.calls[1], "upstream_unavailable");
-    assert_eq!(after(known), NOTHING);
+    // Bob and the other replica had no part in it.
+    let table = [
+        (
+            "upstream_unavailable",
+            What::Edge(0, Side::Upstream, Break::Cut),
+            true,
+        ),
+        (
+            "upstream_unavailable",
+            What::Edge(1, Side::Upstream, Break::Cut),
+            false,
+        ),
+        (
+            "upstream_unavailable",
+            What::Account(0, Misfortune::Cut),
+            true,
+        ),
+        (
+            "upstream_unavailable",
+            What::Account(1, Misfortune::Cut),
+            false,
+        ),
+        ("bridge_owner_unreachable", What::Kill(0), true),
+        ("bridge_owner_unreachable", What::Kill(1), false),
+        (
+            "bridge_owner_unreachable",
+            What::Edge(0, Side::Peers, Break::Cut),
+            true,
+        ),
+        ("bridge_owner_unreachable", What::Slow(0), true),
+        ("continuity_unavailable", What::Postgres(Break::Cut), true),
+        ("continuity_unavailable", What::Redis, false),
+        (
+            "usage_limit_reached",
+            What::Account(1, Misfortune::Limited),
+            true,
+        ),
+        (
+            "usage_limit_reached",
+            What::Account(1, Misfortune::Cut),
+            false,
+        ),
+        ("internal_error", What::Kill(0), false),
+    ];
+    for (code, what, excused) in table {
+        let failed = |history: &mut History| {
+            fail(&mut history.calls[1], code);
+            strike(history, what);
+        };
+        assert_eq!(after(failed).is_empty(), excused, "{code} {what:?}");
+    }
+    let over = |history: &mut History| {
+        fail(&mut history.calls[1], "bridge_owner_unreachable");
+        strike(history, What::Kill(0));
+        (history.calls[1].began, history.calls[1].ended) = (8_000, 9_000);
+    };
+    assert_eq!(after(over), ["error"], "long over");
     let bare = |history: &mut History| {
-        let (code, flaw) = ("upstream_error".into(), Some("no error.message".into()));
+        let (code, flaw) = ("server_error".into(), Some("no error.message".into()));
         history.calls[1].end = End::Failed {
             status: 502,
             code,
             flaw,
         };
+        strike(history, What::Account(0, Misfortune::Broken));
     };
     assert_eq!(after(bare), ["envelope"]);
     let broken = |history: &mut History| history.calls[1].end = End::Broken("reset".into());
     assert_eq!(after(broken), ["broken"]);
     let table = [
-        (What::Kill(1), true),
-        (What::Edge(1, Side::Clients, Break::Cut), true),
-        (What::Edge(1, Side::Peers, Break::Cut), false),
-        (What::Drain(1), false),
+        (What::Kill(0), true),
+        (What::Kill(1), false),
+        (What::Edge(0, Side::Clients, Break::Cut), true),
+        (What::Edge(1, Side::Clients, Break::Cut), false),
+        (What::Edge(0, Side::Peers, Break::Cut), false),
+        (What::Drain(0), false),
     ];
     for (what, excused) in table {
         let found = after(|history| {

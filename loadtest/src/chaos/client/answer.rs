@@ -34,8 +34,11 @@ pub(super) fn completed(response: &Value) -> (End, Vec<Value>) {
     let output = response["output"].as_array().cloned().unwrap_or_default();
     let texts = output
         .iter()
-        .filter(|item| item["type"] == "message")
-        .filter_map(|item| item["content"][0]["text"].as_str());
+        .filter_map(|item| match item["type"].as_str()? {
+            "message" => item["content"][0]["text"].as_str().map(str::to_owned),
+            "function_call" => Some(format!("call: {}", item["arguments"].as_str()?)),
+            _ => None,
+        });
     let end = End::Completed {
         id: response["id"].as_str().unwrap_or_default().to_owned(),
         text: texts.collect(),

@@ -16,6 +16,8 @@ use crate::chaos::history::End;
 
 /// What came back.
 pub(super) struct Reply {
+    /// Which replica took the connection.
+    pub(super) entry: Option<usize>,
     pub(super) end: End,
     /// Of a completed response.
     pub(super) output: Vec<Value>,
@@ -28,6 +30,7 @@ pub(super) struct Reply {
 impl Reply {
     fn of((end, output): (End, Vec<Value>)) -> Self {
         Self {
+            entry: None,
             end,
             output,
             token: None,
@@ -37,6 +40,11 @@ impl Reply {
 
     pub(super) fn broken(how: impl ToString) -> Self {
         Self::of((End::Broken(how.to_string()), Vec::new()))
+    }
+
+    fn at(self, entry: usize) -> Self {
+        let entry = Some(entry);
+        Self { entry, ..self }
     }
 
     fn with(mut self, headers: &HeaderMap) -> Self {
@@ -59,18 +67,26 @@ fn headers(crowd: &Crowd, ask: &Ask) -> HeaderMap {
     .collect()
 }
 
-/// A POST through the balancer, on a connection of its own. Who leaves does so when the answer has begun.
+/// A POST on a connection of its own. Who leaves does so when the answer has begun.
 pub(super) async fn post(crowd: &Crowd, ask: &Ask, leaves: bool) -> Reply {
-    let request = crowd
-        .http
-        .post(format!("http://{}{}", crowd.address, ask.path))
-        .headers(headers(crowd, ask))
-        .header("connection", "close")
-        .json(&ask.body);
-    let mut response = match request.send().await {
-        Ok(response) => response,
-        Err(error) => return Reply::broken(format!("{error:?}")),
-    };
+    let mut refused = Reply::broken("no replica");
+    for (entry, address) in crowd.fronts() {
+        let request = crowd
+            .http
+            .post(format!("http://{address}{}", ask.path))
+            .headers(headers(crowd, ask))
+            .header("connection", "close")
+            .json(&ask.body);
+        match request.send().await {
+            Ok(response) => return read(response, leaves).await.at(entry),
+            Err(error) if error.is_connect() => refused = Reply::broken(format!("{error:?}")),
+            Err(error) => return Reply::broken(format!("{error:?}")).at(entry),
+        }
+    }
+    refused
+}
+
+async fn read(mut response: reqwest::Response, leaves: bool) -> Reply {
     let (status, headers) = (response.status(), response.headers().clone());
     let mut body = Vec::new();
     let end = loop {
@@ -109,38 +125,52 @@ pub(super) async fn post(crowd: &Crowd, ask: &Ask, leaves: bool) -> Reply {
 }
 
 /// An open socket.
-pub(super) struct Socket(Box<WebSocketStream<TcpStream>>);
+pub(super) struct Socket {
+    socket: Box<WebSocketStream<TcpStream>>,
+    entry: usize,
+}
 
 impl Socket {
     pub(super) async fn open(crowd: &Crowd, ask: &Ask) -> Result<Self, Box<Reply>> {
         let broken = |error: String| Box::new(Reply::broken(error));
-        let tcp = TcpStream::connect(crowd.address)
-            .await
-            .map_err(|error| broken(error.to_string()))?;
-        let mut request = format!("ws://{}{}", crowd.address, ask.path)
+        let mut connected = None;
+        for (entry, address) in crowd.fronts() {
+            if let Ok(tcp) = TcpStream::connect(address).await {
+                connected = Some((entry, address, tcp));
+                break;
+            }
+        }
+        let (entry, address, tcp) = connected.ok_or_else(|| broken("no replica".into()))?;
+        let mut request = format!("ws://{address}{}", ask.path)
             .into_client_request()
             .map_err(|error| broken(error.to_string()))?;
         request.headers_mut().extend(headers(crowd, ask));
         match tokio_tungstenite::client_async(request, tcp).await {
-            Ok((socket, _)) => Ok(Self(Box::new(socket))),
+            Ok((socket, _)) => Ok(Self {
+                socket: Box::new(socket),
+                entry,
+            }),
             Err(Error::Http(refusal)) => {
                 let body = refusal.body().as_deref().unwrap_or_default();
                 let end = answer::refused(refusal.status().as_u16(), body);
-                Err(Box::new(
-                    Reply::of((end, Vec::new())).with(refusal.headers()),
-                ))
+                let reply = Reply::of((end, Vec::new())).with(refusal.headers());
+                Err(Box::new(reply.at(entry)))
             }
-            Err(error) => Err(broken(error.to_string())),
+            Err(error) => Err(Box::new(Reply::broken(error).at(entry))),
         }
     }
 
     /// A frame and its answer.
     pub(super) async fn turn(&mut self, ask: &Ask, leaves: bool) -> Reply {
-        if let Err(error) = self.0.send(Message::text(ask.body.to_string())).await {
+        self.exchange(ask, leaves).await.at(self.entry)
+    }
+
+    async fn exchange(&mut self, ask: &Ask, leaves: bool) -> Reply {
+        if let Err(error) = self.socket.send(Message::text(ask.body.to_string())).await {
             return Reply::broken(error);
         }
         loop {
-            match self.0.next().await {
+            match self.socket.next().await {
                 Some(Ok(Message::Text(text))) => {
                     let event: Value = serde_json::from_str(&text).unwrap_or_default();
                     if let Some(terminal) = answer::terminal(&event) {

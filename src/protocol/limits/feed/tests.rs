@@ -299,3 +299,37 @@ fn the_usage_answer_tells_absent_families_from_none() {
         assert!(!usage(&absent).lists_families, "{absent}");
     }
 }
+
+#[test]
+fn resets_at_in_year_2446_nan_percent_bool_reset_and_string_balance_are_ignored_safely() {
+    let report = |primary: Value, balance: Value| {
+        let body =
+            json!({"rate_limit": {"primary_window": primary}, "credits": {"balance": balance}});
+        usage(&body).observations.remove(0)
+    };
+    let hour = |used: Value, reset: Value| json!({"used_percent": used, "limit_window_seconds": 18_000, "reset_at": reset});
+    let unknown_reset = vec![window(Window::FiveHour, 40.0, None)];
+    for (what, primary, windows) in [
+        (
+            "the year 2446",
+            hour(json!(40), json!(15_023_672_358_i64)),
+            unknown_reset.clone(),
+        ),
+        ("a bool", hour(json!(40), json!(true)), unknown_reset),
+        ("NaN", hour(json!("NaN"), json!(NOW + 60)), vec![]),
+    ] {
+        assert_eq!(report(primary, json!(null)).windows, windows, "{what}");
+    }
+    for (balance, expected) in [
+        (json!("12.50"), Some(12.5)),
+        (json!("lots"), None),
+        (json!(true), None),
+    ] {
+        let credits = report(json!(null), balance.clone()).credits;
+        assert_eq!(
+            credits.and_then(|credits| credits.balance),
+            expected,
+            "{balance}"
+        );
+    }
+}
