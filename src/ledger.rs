@@ -18,7 +18,10 @@ mod sweep;
 mod turn;
 mod used;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::watch,
@@ -93,9 +96,10 @@ impl Ledger {
         Ok(Opened::new(opening, turn, earlier, first))
     }
 
-    /// Postgres did not answer in time. Until it does, and for a minute at most, [`Ledger::open_late`] opens.
-    pub fn missed(&self) {
-        self.away.missed();
+    /// Postgres did not answer what was asked at `asked` within `patience`. Until it does, and for a minute at most, [`Ledger::open_late`]
+    /// opens; unless the wait was so long that this process must have been stopped.
+    pub fn missed(&self, asked: Instant, patience: Duration) {
+        self.away.missed(asked, patience);
     }
 
     /// Whether Postgres is known to be away, and turns may begin without it.

@@ -15,6 +15,8 @@ use crate::telemetry;
 
 /// For how long turns begin unrecorded.
 const LONGEST: Duration = Duration::from_secs(60);
+/// Timers are late by less, unless the process itself was stopped.
+const LATE: Duration = Duration::from_secs(1);
 /// How many may wait to be booked.
 const MOST: u64 = 1000;
 
@@ -33,9 +35,13 @@ struct Silence {
 }
 
 impl Away {
-    /// Postgres gave no answer.
-    pub(super) fn missed(&self) {
+    /// Postgres gave no answer, for which somebody waited since `asked` and at most for `patience`. Who was stopped in between has heard
+    /// nothing, and knows nothing.
+    pub(super) fn missed(&self, asked: Instant, patience: Duration) {
         let now = Instant::now();
+        if now - asked > patience + LATE {
+            return;
+        }
         self.with(|silence| {
             // Nobody asked for long after the last one: what came between is not known.
             let same = silence.filter(|silence| now - silence.last < LONGEST);
@@ -108,7 +114,11 @@ mod tests {
     fn there_is_room_only_while_postgres_is_away_and_for_so_many() {
         let away = Arc::new(Away::default());
         assert!(away.place().is_none(), "it answers");
-        away.missed();
+        let slept = Duration::from_secs(17);
+        away.missed(Instant::now() - slept, Duration::from_secs(2));
+        assert!(away.place().is_none(), "that was our own sleep");
+        let missed = || away.missed(Instant::now(), Duration::ZERO);
+        missed();
         let places: Vec<_> = std::iter::from_fn(|| away.place()).collect();
         assert_eq!(places.len() as u64, MOST);
         drop(places);
@@ -118,7 +128,7 @@ mod tests {
         let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
         let silent = |first, last| {
             away.with(|silence| *silence = Some(Silence { first, last }));
-            away.missed();
+            missed();
         };
         silent(ago(61), ago(1));
         assert!(away.place().is_none(), "for too long");

@@ -1,6 +1,9 @@
 //! What is known of a turn's conversation: its evidence, the session here, the row, the snapshot.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::Router;
 use crate::{
@@ -249,18 +252,19 @@ impl Inner {
         &self,
         statement: impl Future<Output = Result<T, db::Error>>,
     ) -> Option<T> {
+        let asked = Instant::now();
         match tokio::time::timeout(STATEMENT, statement).await {
             Ok(Ok(value)) => Some(value),
             Ok(Err(error)) => {
                 tracing::warn!(%error, "continuity cannot be read");
                 if error.is_unavailable() {
-                    self.ledger.missed();
+                    self.ledger.missed(asked, STATEMENT);
                 }
                 None
             }
             Err(_) => {
                 tracing::warn!("continuity cannot be read within 2 s");
-                self.ledger.missed();
+                self.ledger.missed(asked, STATEMENT);
                 None
             }
         }

@@ -144,6 +144,7 @@ impl Turn<'_> {
             return self.begun(opened).await;
         }
         let time = if bridged { ANSWER_TIME } else { RESERVE_TIME };
+        let asked = Instant::now();
         let over = match timeout(time, ledger.open(opening.clone())).await {
             Ok(Ok(opened)) => return self.begun(opened).await,
             Ok(Err(NotOpened::Fenced)) => return Err(Over::Fenced),
@@ -152,7 +153,7 @@ impl Turn<'_> {
                 unbooked(&error)
             }
             unanswered => {
-                ledger.missed();
+                ledger.missed(asked, time);
                 if bridged && let Some(opened) = ledger.open_late(opening) {
                     return self.begun(opened).await;
                 }
