@@ -31,6 +31,7 @@ bench:
 	@scripts/install-tools postgres nginx
 	$(CARGO) build --quiet --release --workspace
 	@target/release/loadtest bench --drawbridge target/release/drawbridge
+	@DRAWBRIDGE_SNAPSHOTS=full target/release/loadtest bench --drawbridge target/release/drawbridge --out loadtest/results/bench-full.json
 
 ## chaos: breaks three replicas and the network around them for ten minutes and checks every history; writes loadtest/results (CHAOS="--minutes 3 --seed 7")
 chaos:
