@@ -64,6 +64,32 @@ const fn dependent(table: &'static str, column: &'static str, follow: Follow) ->
     }
 }
 
+/// Of two blocks of one family the one that stands counts, of two that stand the later one. One rule for what replicas learn at the same time
+/// and for accounts that become one.
+macro_rules! later_block {
+    () => {
+        "set blocked_at = greatest(known.blocked_at, excluded.blocked_at),
+            lifted_at = greatest(known.lifted_at, excluded.lifted_at),
+            (blocked_until, reason) = (
+                select blocked_until, reason
+                from (values (known.blocked_at, known.blocked_until, known.reason),
+                             (excluded.blocked_at, excluded.blocked_until, excluded.reason)) as one (blocked_at, blocked_until, reason)
+                order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
+                limit 1)"
+    };
+}
+pub(crate) use later_block;
+
+/// The newer observation counts.
+macro_rules! later_credits {
+    () => {
+        "set has_credits = excluded.has_credits, unlimited = excluded.unlimited, balance = excluded.balance,
+            observed_at = excluded.observed_at, source = excluded.source
+        where excluded.observed_at > known.observed_at"
+    };
+}
+pub(crate) use later_credits;
+
 statements! { "db";
     /// Merges of merges are flat: a reader looks once.
     MERGES: [UUID, UUID] = "update account_merges set to_id = $2 where to_id = $1";
@@ -87,7 +113,7 @@ statements! { "db";
         where excluded.observed_at > known.observed_at";
 
     /// Two accounts of one seat share its limits: the block that stands counts, of two the later one, as in the quota room.
-    BLOCKS: [UUID, UUID] = "
+    BLOCKS: [UUID, UUID] = concat!("
         with held as (
             select from quota_blocks where account_id in ($1, $2) order by account_id, family for update
         )
@@ -95,23 +121,18 @@ statements! { "db";
         select $2, family, blocked_at, blocked_until, reason, lifted_at
         from quota_blocks where account_id = $1 and (select count(*) from held) >= 0
         on conflict (account_id, family) do update
-        set blocked_at = greatest(known.blocked_at, excluded.blocked_at),
-            lifted_at = greatest(known.lifted_at, excluded.lifted_at),
-            (blocked_until, reason) = (
-                select blocked_until, reason
-                from (values (known.blocked_at, known.blocked_until, known.reason),
-                             (excluded.blocked_at, excluded.blocked_until, excluded.reason)) as one (blocked_at, blocked_until, reason)
-                order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
-                limit 1)";
+        ", later_block!());
 
-    /// The later observation counts.
-    CREDITS: [UUID, UUID] = "
+    /// As `WINDOWS`.
+    CREDITS: [UUID, UUID] = concat!("
+        with held as (
+            select from quota_credits where account_id in ($1, $2) order by account_id for update
+        )
         insert into quota_credits as known (account_id, has_credits, unlimited, balance, observed_at, source)
-        select $2, has_credits, unlimited, balance, observed_at, source from quota_credits where account_id = $1
+        select $2, has_credits, unlimited, balance, observed_at, source
+        from quota_credits where account_id = $1 and (select count(*) from held) >= 0
         on conflict (account_id) do update
-        set has_credits = excluded.has_credits, unlimited = excluded.unlimited, balance = excluded.balance,
-            observed_at = excluded.observed_at, source = excluded.source
-        where excluded.observed_at > known.observed_at";
+        ", later_credits!());
 
     /// Written only where something changed, so there are few rows, unlike in the ledger and the log.
     HISTORY: [UUID, UUID] = "

@@ -5,7 +5,10 @@ use tokio_postgres::types::ToSql;
 use super::{Block, CreditSample, Sample, state::Rows};
 use crate::{
     bus::{self, Topic},
-    db::{Db, Error},
+    db::{
+        Db, Error,
+        dependents::{later_block, later_credits},
+    },
     protocol::limits::{Credits, Family},
     statements,
 };
@@ -40,7 +43,7 @@ statements! { "quota";
             > (known.observed_at, coalesce(known.resets_at, '-infinity'), known.used_percent, known.source)";
 
     /// `merge_block`, row by row; locks and deleted accounts as in `SAVE_WINDOWS`.
-    SAVE_BLOCKS: [UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, INT8_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY] = "
+    SAVE_BLOCKS: [UUID_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY, INT8_ARRAY, TEXT_ARRAY, TIMESTAMPTZ_ARRAY] = concat!("
         insert into quota_blocks as known (account_id, family, blocked_at, blocked_until, reason, lifted_at)
         select account_id, family, least(blocked_at, clock_timestamp()), to_timestamp(blocked_until), reason,
             case when lifted_at is not null then least(lifted_at, clock_timestamp()) end
@@ -48,26 +51,17 @@ statements! { "quota";
         join accounts using (account_id)
         order by account_id, family
         on conflict (account_id, family) do update
-        set blocked_at = greatest(known.blocked_at, excluded.blocked_at),
-            lifted_at = greatest(known.lifted_at, excluded.lifted_at),
-            (blocked_until, reason) = (
-                select blocked_until, reason
-                from (values (known.blocked_at, known.blocked_until, known.reason),
-                             (excluded.blocked_at, excluded.blocked_until, excluded.reason)) as one (blocked_at, blocked_until, reason)
-                order by coalesce(blocked_at < greatest(known.lifted_at, excluded.lifted_at), false), blocked_until desc, reason collate \"C\" desc
-                limit 1)";
+        ", later_block!());
 
     /// The newer observation counts; locks and deleted accounts as in `SAVE_WINDOWS`.
-    SAVE_CREDITS: [UUID_ARRAY, BOOL_ARRAY, BOOL_ARRAY, FLOAT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = "
+    SAVE_CREDITS: [UUID_ARRAY, BOOL_ARRAY, BOOL_ARRAY, FLOAT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = concat!("
         insert into quota_credits as known (account_id, has_credits, unlimited, balance, observed_at, source)
         select account_id, has_credits, unlimited, balance, least(observed_at, clock_timestamp()), source
         from unnest($1, $2, $3, $4, $5, $6) as seen (account_id, has_credits, unlimited, balance, observed_at, source)
         join accounts using (account_id)
         order by account_id
         on conflict (account_id) do update
-        set has_credits = excluded.has_credits, unlimited = excluded.unlimited, balance = excluded.balance,
-            observed_at = excluded.observed_at, source = excluded.source
-        where excluded.observed_at > known.observed_at";
+        ", later_credits!());
 
     /// With `SAVE_WINDOWS`. Two replicas that learn the same at once may both write it: a history may say a thing twice.
     SAVE_HISTORY: [UUID_ARRAY, TEXT_ARRAY, INT4_ARRAY, FLOAT8_ARRAY, INT8_ARRAY, TIMESTAMPTZ_ARRAY, TEXT_ARRAY] = "

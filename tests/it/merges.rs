@@ -271,6 +271,16 @@ async fn a_duplicate_with_everything_that_names_it_is_all_on_the_canonical_row()
         pool.run(block, &[&account, &family, &minutes, &reason])
             .await;
     }
+    let credits = "insert into quota_credits (account_id, has_credits, unlimited, balance, observed_at, source)
+        values ($1, true, false, $2, clock_timestamp() - make_interval(mins => $3), 'poll')";
+    for (account, balance, ago) in [(kept, 1.0_f64, 2), (gone, 9.0, 1), (stranger, 5.0, 1)] {
+        pool.run(credits, &[&account, &balance, &ago]).await;
+    }
+    let history = "insert into usage_history (account_id, family, window_minutes, observed_at, used_percent, source)
+        values ($1, 'codex', 300, to_timestamp($2), $2, 'poll')";
+    for (account, at) in [(kept, 1.0_f64), (gone, 1.0), (gone, 2.0), (stranger, 3.0)] {
+        pool.run(history, &[&account, &at]).await;
+    }
     pool.key(&[gone, kept, stranger]).await;
     pool.key(&[gone]).await;
     pool.key(&[stranger]).await;
@@ -297,6 +307,13 @@ async fn a_duplicate_with_everything_that_names_it_is_all_on_the_canonical_row()
         .texts("select family || ' ' || reason from quota_blocks order by 1")
         .await;
     assert_eq!(blocks, ["codex long", "spark moved"]);
+    let of_kept = format!("where account_id = '{kept}' order by 1");
+    let credits = format!("select balance::text from quota_credits {of_kept}");
+    assert_eq!(pool.texts(&credits).await, ["9"]);
+    let history = format!("select used_percent::text from usage_history {of_kept}");
+    assert_eq!(pool.texts(&history).await, ["1", "2"]);
+    let left = format!("select from_id::text from account_merges where from_id = '{gone}'");
+    assert_eq!(pool.texts(&left).await.len(), 1);
     let grants = pool
         .texts("select grants->>'accounts' from api_keys order by created_at")
         .await;
