@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::BytesRejection},
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
@@ -78,12 +78,12 @@ struct Begin {
     label: Option<String>,
 }
 
-async fn begin(State(logins): State<Logins>, body: Bytes) -> Result<Response, ApiError> {
+async fn begin(State(logins): State<Logins>, body: Body) -> Result<Response, ApiError> {
     let Begin {
         method,
         account_id,
         label,
-    } = read(&body)?;
+    } = read(body)?;
     let label = label
         .as_deref()
         .map(str::trim)
@@ -108,9 +108,9 @@ struct Complete {
 async fn complete(
     State(logins): State<Logins>,
     Path(id): Path<String>,
-    body: Bytes,
+    body: Body,
 ) -> Result<Json<Flow>, ApiError> {
-    let Complete { callback_url } = read(&body)?;
+    let Complete { callback_url } = read(body)?;
     Ok(Json(logins.complete(flow(&id)?, &callback_url).await?))
 }
 
@@ -130,9 +130,18 @@ fn flow(id: &str) -> Result<FlowId, ApiError> {
     id.parse().map_err(|_| Error::Unknown.into())
 }
 
+/// A body, or why none came: more than two MiB, or not to its end.
+type Body = Result<Bytes, BytesRejection>;
+
 /// What does not fit is told by its place, never by its text: it may hold a code.
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| {
+fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            ApiError::new(Code::PayloadTooLarge, "The body is larger than 2 MiB.")
+        }
+        _ => ApiError::new(Code::InvalidRequest, "The body cannot be read."),
+    })?;
+    serde_json::from_slice(&body).map_err(|error| {
         let message = format!(
             "The body is not what this takes (line {}, column {}).",
             error.line(),

@@ -292,6 +292,9 @@ async fn only_operators_log_accounts_in_and_mistakes_are_told_without_quoting_th
         assert_eq!(code(&answer), (400, "invalid_request_error"));
         assert!(!answer.1.to_string().contains("canary"));
     }
+    let large = json!({"method": "browser", "label": "x".repeat(3 << 20)});
+    let answer = rooms.ask(1, Method::POST, "", large).await;
+    assert_eq!(code(&answer), (413, "payload_too_large"));
     let unknown = rooms.ask(2, Method::GET, "/nothing", Value::Null).await;
     assert_eq!(code(&unknown), (404, "login_not_found"));
     let method = rooms.ask(2, Method::PUT, "/nothing", Value::Null).await;
