@@ -2,8 +2,8 @@
 //!
 //! Opened credentials are kept in memory until something about accounts changes. A refresh token can be spent once: however many callers
 //! need fresh tokens, on however many replicas, one task exchanges it under a claim, outlives the callers, and stores the result before
-//! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what happens to an account whose login was
-//! refused is decided by the generation that was refused.
+//! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what
+//! happens to an account whose login was refused is decided by the generation that was refused.
 
 use std::{
     collections::HashMap,

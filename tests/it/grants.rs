@@ -99,7 +99,11 @@ async fn headers_and_documents_show_the_sections_of_the_key() {
     use Section::{Limits, Pool};
     for hide_quota in [false, true] {
         let house = House::planned(Plan {
-            hide_quota,
+            settings: if hide_quota {
+                |config| config.hide_quota = true
+            } else {
+                |_| {}
+            },
             ..Plan::default()
         })
         .await;

@@ -50,8 +50,6 @@ pub struct Login {
     answer_delay: Duration,
     /// What the usage endpoint answers instead of the ordinary, and with which status.
     usage: Option<(u16, Value)>,
-    /// Questions to the usage endpoint.
-    pub usage_reads: usize,
     /// The slugs of its catalogue, where it has one of its own; of none it answers 500.
     models: Option<Vec<String>>,
     /// Reads of its catalogue.
@@ -80,7 +78,6 @@ impl Login {
             delay: Duration::ZERO,
             answer_delay: Duration::ZERO,
             usage: None,
-            usage_reads: 0,
             models: None,
             models_reads: 0,
         }
@@ -200,7 +197,8 @@ impl Account {
     /// Questions to the usage endpoint.
     #[must_use]
     pub fn usage_reads(&self) -> usize {
-        self.read(|login| login.usage_reads)
+        self.shared
+            .read(|state| state.usage_reads.get(&self.name).copied().unwrap_or(0))
     }
 
     /// From now on its catalogue lists these; of none the endpoint answers 500.
@@ -251,12 +249,10 @@ impl Account {
     }
 }
 
-/// What the usage endpoint answers for an account instead of the ordinary; counts the question.
+/// What the usage endpoint answers for an account instead of the ordinary.
 pub(super) fn asked_for_usage(shared: &Shared, account: &str) -> Option<(StatusCode, Value)> {
-    shared.change(|state| {
-        let login = state.logins.get_mut(account)?;
-        login.usage_reads += 1;
-        let (status, body) = login.usage.clone()?;
+    shared.read(|state| {
+        let (status, body) = state.logins.get(account)?.usage.clone()?;
         Some((StatusCode::from_u16(status).expect("a status"), body))
     })
 }

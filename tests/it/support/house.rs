@@ -47,10 +47,6 @@ pub(crate) struct Plan {
     pub(crate) key_rule: KeyRule,
     /// Whether a key is created, which the helpers then send.
     pub(crate) key: bool,
-    /// Whether no client sees anything of quota.
-    pub(crate) hide_quota: bool,
-    /// How often upstream is asked about usage.
-    pub(crate) usage_poll: Option<Duration>,
     /// Whatever else is set otherwise.
     pub(crate) settings: fn(&mut Config),
     /// What upstream is told before the service starts.
@@ -65,8 +61,6 @@ impl Default for Plan {
             transport: Transport::Auto,
             key_rule: KeyRule::Auto,
             key: true,
-            hide_quota: false,
-            usage_poll: None,
             settings: |_| {},
             before: |_| {},
         }
@@ -365,8 +359,8 @@ fn config(plan: &Plan, upstream: &Upstream) -> Config {
     config.upstream.auth_url = upstream.auth_url();
     config.upstream.transport = plan.transport;
     config.key_rule = plan.key_rule;
-    config.hide_quota = plan.hide_quota;
-    config.upstream.usage_poll = plan.usage_poll;
+    // Upstream is asked what a test asks it, unless the test says otherwise.
+    config.upstream.usage_poll = None;
     config.operator_token = Some(OperatorToken(OPERATOR.into()));
     (plan.settings)(&mut config);
     config
