@@ -156,8 +156,12 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         }
         fake.no_faults().await?;
     }
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
     let idle = resident(&targets)?;
+    let sessions = match &drawbridge {
+        Some(drawbridge) => Some(drawbridge.sessions().await?),
+        None => None,
+    };
     let hop = match (&options.drawbridge, &drawbridge, targets.last()) {
         (Some(binary), Some(owner), Some(target)) => {
             let other = Drawbridge::replica(binary, dir.path(), &fake, "other").await?;
@@ -188,6 +192,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         "snapshot": snapshot,
         "fresh_rss_kib": fresh,
         "idle_rss_kib": idle,
+        "idle_sessions": sessions,
         "rounds": rounds,
     });
     write(&options.out, &result)

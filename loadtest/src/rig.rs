@@ -270,6 +270,18 @@ impl Drawbridge {
         Ok(counts.collect())
     }
 
+    /// Conversations that it keeps, as it told the metrics within the last five seconds.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn sessions(&self) -> anyhow::Result<u64> {
+        let page = client()?.get(format!("{}/metrics", self.admin())).send();
+        let page = page.await?.text().await?;
+        let mut lines = page.lines();
+        let sessions = lines.find_map(|line| line.strip_prefix("drawbridge_sessions "));
+        Ok(sessions.context("no gauge of sessions")?.parse()?)
+    }
+
     /// The settings that a command beside it needs.
     #[must_use]
     pub fn settings(&self) -> &[(&'static str, String)] {
