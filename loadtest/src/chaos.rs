@@ -7,6 +7,7 @@ mod check;
 mod client;
 mod counters;
 mod database;
+mod drill;
 mod fleet;
 mod history;
 mod plan;
@@ -27,7 +28,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-pub use self::{check::Violation, report::Report};
+pub use self::{check::Violation, plan::Course, report::Report};
 use self::{
     client::{Conversation, Crowd, talk},
     counters::Counters,
@@ -53,6 +54,8 @@ const KEYS: [&str; 2] = ["one", "other"];
 pub struct Options {
     /// The service.
     pub drawbridge: PathBuf,
+    /// What is done.
+    pub course: Course,
     /// How long clients talk.
     pub length: Duration,
     /// What everything is drawn from.
@@ -61,8 +64,10 @@ pub struct Options {
     pub replicas: usize,
     /// How many.
     pub clients: usize,
-    /// The mean time between two faults.
+    /// The mean time between two faults of a random course.
     pub gap: Duration,
+    /// Between two of the ten deltas of an answer.
+    pub pace: Duration,
     /// For tests alone: what multiplies the times of the protocol between replicas.
     pub scale: Option<f64>,
 }
@@ -98,15 +103,7 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
         _ => "auto",
     };
     say(&format!("seed {seed}: starting {replicas} replicas .."));
-    let fleet = Fleet::start(
-        &options.drawbridge,
-        dir,
-        replicas,
-        seed,
-        snapshots,
-        options.scale,
-    );
-    let fleet = Arc::new(fleet.await?);
+    let fleet = Arc::new(Fleet::start(options, dir, snapshots).await?);
     let mut keys = Vec::new();
     for name in KEYS {
         keys.push(fleet.key(name).await?);
@@ -128,11 +125,11 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
     for number in 0..clients {
         talking.spawn(talk(Arc::clone(&crowd), number));
     }
-    let look = database::connect(&fleet.database).await?;
+    let url = fleet.database.as_str();
     let (mut sightings, mut counters) = (Vec::new(), Counters::default());
     tokio::select! {
         struck = strike(options, &fleet) => struck?,
-        watched = watch(&look, &mut sightings) => watched?,
+        () = watch(url, &mut sightings) => {}
         () = fleet.count(&mut counters) => {}
         () = fleet.pulse() => {}
     }
@@ -147,12 +144,13 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
     };
     tokio::select! {
         ended = timeout(Duration::from_secs(200), left) => ended.context("a client does not end")??,
-        watched = watch(&look, &mut sightings) => watched?,
+        () = watch(url, &mut sightings) => {}
         () = fleet.count(&mut counters) => {}
         () = fleet.pulse() => {}
     }
     fleet.upstream.no_faults();
     fleet.upstream.release();
+    let look = database::connect(url).await?;
     quiet(&look).await?;
     let unready = fleet.unready().await;
     say("every conversation goes on once more ..");
@@ -162,7 +160,7 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
         .collect();
     tokio::select! {
         _ = last.join_all() => {},
-        watched = watch(&look, &mut sightings) => watched?,
+        () = watch(url, &mut sightings) => {}
         () = fleet.count(&mut counters) => {}
     }
     quiet(&look).await?;
@@ -182,8 +180,12 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
         accounts: fleet.accounts.iter().map(ToString::to_string).collect(),
         unready,
     };
-    let violations = check::check(&history);
+    let mut violations = check::check(&history);
+    if options.course.is_silent() {
+        violations.extend(check::unseen(&history));
+    }
     let report = Report {
+        course: options.course,
         seed,
         seconds: length.as_secs(),
         replicas,
@@ -206,6 +208,19 @@ async fn break_and_compare(options: &Options, dir: &Path) -> anyhow::Result<Repo
 
 /// Does what is planned; returns when all of it is over.
 async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
+    let until = Instant::now() + options.length;
+    match options.course {
+        Course::Random => at_random(options, fleet).await?,
+        Course::Rolling => drill::rolling(fleet, until).await?,
+        Course::Rotation => drill::rotation(fleet).await?,
+        Course::Outage => drill::outage(fleet, options.length / 2).await?,
+        Course::Promotion => drill::promotion(fleet).await?,
+    }
+    sleep_until(until).await;
+    Ok(())
+}
+
+async fn at_random(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
     let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let extent = plan::Extent {
         length: millis(options.length),
@@ -232,15 +247,25 @@ async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
     while let Some(struck) = striking.join_next().await {
         struck??;
     }
-    sleep_until(began + options.length).await;
     Ok(())
 }
 
-/// Looks at the leases until it is dropped.
-async fn watch(look: &tokio_postgres::Client, seen: &mut Vec<Sighting>) -> anyhow::Result<()> {
+/// Looks at the leases until it is dropped, whenever there is a database.
+async fn watch(url: &str, seen: &mut Vec<Sighting>) {
     let mut newest = std::collections::BTreeMap::new();
+    let mut look = None;
     loop {
-        for lease in database::leases(look, false).await? {
+        if look.is_none() {
+            look = database::connect(url).await.ok();
+        }
+        let leases = match &look {
+            Some(look) => database::leases(look, false).await.ok(),
+            None => None,
+        };
+        if leases.is_none() {
+            look = None;
+        }
+        for lease in leases.into_iter().flatten() {
             if newest.insert(lease.id.clone(), lease.clone()).as_ref() != Some(&lease) {
                 let at = clock::epoch_millis();
                 seen.push(Sighting { at, lease });

@@ -54,8 +54,11 @@ enum Command {
         #[arg(long, default_value = "loadtest/results/bench.json")]
         out: PathBuf,
     },
-    /// Break replicas and the network around them at random, and check that every promise was kept; fails if one was not
+    /// Do something to replicas and what they stand on while clients talk, and check that every promise was kept; fails if one was not
     Chaos {
+        /// What is done
+        #[arg(long, value_enum, default_value_t = chaos::Course::Random)]
+        course: chaos::Course,
         /// Binary of Drawbridge
         #[arg(long)]
         drawbridge: PathBuf,
@@ -71,6 +74,9 @@ enum Command {
         /// How many
         #[arg(long, default_value_t = 24)]
         clients: usize,
+        /// Milliseconds between two of the ten deltas of an answer
+        #[arg(long, default_value_t = 80)]
+        pace: u64,
         /// Where the JSON goes
         #[arg(long, default_value = "loadtest/results/chaos.json")]
         out: PathBuf,
@@ -159,14 +165,18 @@ async fn main() -> anyhow::Result<()> {
         },
         Command::Chaos {
             drawbridge,
+            course,
             minutes,
             seed,
             replicas,
             clients,
+            pace,
             out,
         } => {
             let options = chaos::Options {
                 drawbridge,
+                course,
+                pace: Duration::from_millis(pace),
                 length: Duration::from_secs_f64(minutes * 60.0),
                 seed: seed.unwrap_or_else(|| rand::random::<u32>().into()),
                 replicas,

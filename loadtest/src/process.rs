@@ -1,11 +1,13 @@
 //! Other processes: started, measured from outside through `/proc`, and stopped whatever happens.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -143,18 +145,21 @@ pub fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// A free port that no system hands out by itself: a server that comes back later finds it free again.
+/// A free port that no system hands out by itself, nor this process twice: a server that comes back later finds it free again.
 ///
 /// # Errors
 /// If there is none.
 pub fn lasting_port() -> io::Result<u16> {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
     // Linux gives outgoing connections 32768 and more.
     let mut ports = std::iter::repeat_with(|| rand::random_range(20_000..32_000));
-    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let mut free =
+        |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok() && given.insert(*port);
     ports
         .by_ref()
         .take(1_000)
-        .find(free)
+        .find(&mut free)
         .ok_or_else(|| io::ErrorKind::AddrInUse.into())
 }
 

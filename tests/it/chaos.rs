@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use loadtest::chaos::{Options, run};
+use loadtest::chaos::{Course, Options, run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_promise_is_broken_while_replicas_and_the_network_fail() {
     let options = Options {
         drawbridge: env!("CARGO_BIN_EXE_drawbridge").into(),
+        course: Course::Random,
+        pace: Duration::from_millis(80),
         length: Duration::from_secs(14),
         seed: 7,
         replicas: 3,

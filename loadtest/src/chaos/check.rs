@@ -60,6 +60,31 @@ pub(super) fn check(history: &History) -> Vec<Violation> {
     found
 }
 
+/// Whoever talks sees nothing of what is done to the fleet: every call is answered, and reaches upstream once. A socket that is closed between
+/// two turns is no error: its client opens another.
+#[must_use]
+pub(super) fn unseen(history: &History) -> Vec<Violation> {
+    let calls = history.calls.iter().filter(|call| !call.intrudes);
+    let failed = calls.filter_map(|call| match &call.end {
+        End::Completed { .. } | End::Left => None,
+        end => Some(violation(
+            "visible",
+            format!("{} ({:?}): {end:?}", call.tag, call.style),
+        )),
+    });
+    let left = |tag: &str| {
+        let mut calls = history.calls.iter().filter(|call| call.tag == tag);
+        calls.any(|call| matches!(call.end, End::Left))
+    };
+    let mut sent: BTreeMap<String, u64> = BTreeMap::new();
+    for tag in history.attempts.iter().filter_map(tag) {
+        *sent.entry(tag).or_default() += 1;
+    }
+    let twice = sent.iter().filter(|(tag, times)| **times > 1 && !left(tag));
+    let twice = twice.map(|(tag, times)| violation("created_twice", format!("{tag}: {times}")));
+    failed.chain(twice).collect()
+}
+
 /// Every turn is closed.
 fn closed(turns: &[Turn]) -> impl Iterator<Item = Violation> {
     let open = turns.iter().filter(|turn| turn.state == "open");
@@ -259,7 +284,7 @@ fn before<'a>(
 fn unseats(what: What, path: &Path) -> bool {
     match what {
         What::Redis | What::Edge(_, Side::Redis, _) | What::Slow(_) => false,
-        What::Postgres(_) | What::Account(..) => true,
+        What::Postgres(_) | What::Stop | What::Promote | What::Account(..) => true,
         What::Kill(r) | What::Pause(r) | What::Drain(r) | What::Edge(r, ..) => {
             path.replicas.contains(&r)
         }

@@ -182,6 +182,13 @@ impl Conversation {
             if self.crowd.is_over() {
                 return false;
             }
+            if self
+                .socket
+                .as_mut()
+                .is_some_and(|(socket, _)| socket.is_closed())
+            {
+                self.socket = None;
+            }
             let ask = self.ask(tag, item.clone(), random.random_bool(0.7));
             let leaves = tries == 0 && random.random_bool(0.02);
             let mut call = self.call(tag, &ask);

@@ -19,10 +19,11 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
+    Options,
     counters::Counters,
     history::Struck,
-    plan::{Break, Fault, Misfortune, Side, What},
-    servers::{self, Server},
+    plan::{Break, Course, Fault, Misfortune, Side, What},
+    servers::{self, Postgres, Server},
 };
 use crate::{
     clock,
@@ -52,8 +53,12 @@ pub(super) struct Fleet {
     http: reqwest::Client,
     redis: Option<(u16, tokio::sync::Mutex<Option<Server>>)>,
     struck: Mutex<Vec<Struck>>,
+    /// `DRAWBRIDGE_MASTER_KEYS` of what starts from now on.
+    ring: Mutex<String>,
     _pooler: Option<Server>,
-    _postgres: Server,
+    postgres: tokio::sync::Mutex<Postgres>,
+    /// What takes the place of Postgres, and the edge over which it follows.
+    standby: Option<(tokio::sync::Mutex<Postgres>, Edge)>,
 }
 
 /// One replica, and the edges of the network around it.
@@ -75,20 +80,26 @@ pub(super) struct Replica {
 impl Fleet {
     /// Starts everything; returns when every replica is ready.
     pub(super) async fn start(
-        binary: &Path,
+        options: &Options,
         dir: &Path,
-        replicas: usize,
-        seed: u64,
         snapshots: &str,
-        scale: Option<f64>,
     ) -> anyhow::Result<Self> {
+        let Options { replicas, seed, .. } = *options;
         let config = upstream::Config {
             deltas: 10,
-            pace: Some(Duration::from_millis(80)),
+            pace: Some(options.pace),
             ..upstream::Config::default()
         };
         let upstream = Upstream::start(config).await;
-        let (postgres, database) = servers::postgres(dir).await?;
+        let postgres = Postgres::make(dir).await?;
+        let database = postgres.url();
+        let standby = if options.course == Course::Promotion {
+            let edge = Edge::before(&[postgres.address], seed).await;
+            let standby = postgres.standby(dir, edge.address).await?;
+            Some((tokio::sync::Mutex::new(standby), edge))
+        } else {
+            None
+        };
         let pooler = servers::pgbouncer(dir, postgres.address).await?;
         let redis = if servers::has_redis() {
             let port = lasting_port()?;
@@ -97,15 +108,7 @@ impl Fleet {
         } else {
             None
         };
-        let keys: Vec<u8> = [Uuid::new_v4(), Uuid::new_v4()]
-            .iter()
-            .flat_map(|uuid| *uuid.as_bytes())
-            .collect();
         let mut common = vec![
-            (
-                "DRAWBRIDGE_MASTER_KEYS",
-                format!("k1:{}", BASE64_STANDARD.encode(keys)),
-            ),
             (
                 "DRAWBRIDGE_DATA_DIR",
                 dir.join("data").display().to_string(),
@@ -117,7 +120,11 @@ impl Fleet {
             ("DRAWBRIDGE_DRAIN_DELAY", "2s".to_owned()),
             ("DRAWBRIDGE_DRAIN_GRACE", "20s".to_owned()),
         ];
-        common.extend(scale.map(|scale| ("DRAWBRIDGE_TEST_TIME_SCALE", scale.to_string())));
+        common.extend(
+            options
+                .scale
+                .map(|scale| ("DRAWBRIDGE_TEST_TIME_SCALE", scale.to_string())),
+        );
         let mut all = Vec::new();
         for number in 0..replicas {
             let edge = async |target| Edge::before(&[target], seed ^ number as u64).await;
@@ -149,15 +156,18 @@ impl Fleet {
             accounts: vec!["alice", "bob", "carol"],
             replicas: all,
             database,
-            binary: binary
+            binary: options
+                .drawbridge
                 .canonicalize()
-                .with_context(|| format!("{} is not there", binary.display()))?,
+                .with_context(|| format!("{} is not there", options.drawbridge.display()))?,
             dir: dir.to_owned(),
             http: crate::rig::client()?,
             redis,
             struck: Mutex::default(),
+            ring: Mutex::new(master_key("k1")),
             _pooler: pooler,
-            _postgres: postgres,
+            postgres: tokio::sync::Mutex::new(postgres),
+            standby,
         };
         fleet.cli(&common, &["migrate"], None).await?;
         for name in &fleet.accounts {
@@ -190,7 +200,7 @@ impl Fleet {
     }
 
     /// A command of the operator, who reaches the database whatever happens.
-    async fn operate(&self, args: &[&str]) -> anyhow::Result<String> {
+    pub(super) async fn operate(&self, args: &[&str]) -> anyhow::Result<String> {
         let mut settings = self.replicas[0].settings.clone();
         settings.push(("DRAWBRIDGE_DATABASE_URL", self.database.clone()));
         settings.push(("DRAWBRIDGE_DATABASE_DIRECT_URL", self.database.clone()));
@@ -227,11 +237,25 @@ impl Fleet {
 
     fn command(&self, settings: &[(&'static str, String)]) -> Command {
         let mut command = Command::new(&self.binary);
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("DRAWBRIDGE_MASTER_KEYS", &*ring)
             .envs(settings.iter().map(|(name, value)| (name, value)));
         command
+    }
+
+    /// The master keys of whatever starts from now on.
+    pub(super) fn keep(&self, keys: &[&str]) {
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        *ring = keys.join(",");
+    }
+
+    /// The master keys that what starts now gets.
+    pub(super) fn kept(&self) -> String {
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        ring.clone()
     }
 
     /// Starts a replica, as often as it takes, and lets it be reached when it is ready.
@@ -413,6 +437,22 @@ impl Fleet {
                 edges().for_each(|edge| edge.set(Mode::Pass));
                 Ok(())
             }
+            What::Stop => {
+                let mut postgres = self.postgres.lock().await;
+                postgres.crash();
+                sleep(lasts).await;
+                postgres.start().await
+            }
+            What::Promote => {
+                let (standby, line) = self.standby.as_ref().context("there is no standby")?;
+                // What is committed from here on is lost.
+                line.set(Mode::BlackHole);
+                sleep(lasts).await;
+                line.set(Mode::Refuse);
+                line.cut();
+                let mut postgres = self.postgres.lock().await;
+                standby.lock().await.replace(&mut postgres).await
+            }
             What::Redis => {
                 let (port, server) = self.redis.as_ref().context("there is no Redis")?;
                 *server.lock().await = None;
@@ -575,6 +615,13 @@ fn fail(edge: &Edge, how: Break) {
 
 fn local() -> anyhow::Result<SocketAddr> {
     Ok((Ipv4Addr::LOCALHOST, lasting_port()?).into())
+}
+
+/// A new master key.
+pub(super) fn master_key(id: &str) -> String {
+    let halves = [Uuid::new_v4(), Uuid::new_v4()];
+    let bytes: Vec<u8> = halves.iter().flat_map(|half| *half.as_bytes()).collect();
+    format!("{id}:{}", BASE64_STANDARD.encode(bytes))
 }
 
 /// Where a URL leads.

@@ -2,8 +2,33 @@
 //!
 //! Two faults never strike the same thing at once, so that each ends where it began; different things fail together as they like.
 
+use clap::ValueEnum;
 use rand::{Rng, RngExt as _, SeedableRng as _, rngs::StdRng};
 use serde::Serialize;
+
+/// What is done to the replicas, and what they stand on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Course {
+    /// Everything at random, by the seed.
+    Random,
+    /// Each replica in turn is drained and replaced, round after round.
+    Rolling,
+    /// The master key is replaced, as the runbook says.
+    Rotation,
+    /// Postgres crashes, and is back after 30 s.
+    Outage,
+    /// A standby that has not got the last two seconds takes the place of Postgres.
+    Promotion,
+}
+
+impl Course {
+    /// Whether clients are not to see anything of it.
+    #[must_use]
+    pub fn is_silent(self) -> bool {
+        matches!(self, Self::Rolling | Self::Rotation)
+    }
+}
 
 /// One fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -30,6 +55,10 @@ pub enum What {
     Edge(usize, Side, Break),
     /// Postgres, for every replica.
     Postgres(Break),
+    /// Postgres crashes, and is started when it is over.
+    Stop,
+    /// What Postgres commits is lost; when it is over it crashes, and a standby without all of that takes its place.
+    Promote,
     /// Redis is killed, and started when it is over.
     Redis,
     /// Something at the account of this number.

@@ -8,12 +8,14 @@ use serde_json::Value;
 use super::{
     check::Violation,
     history::{End, History},
-    plan::{Break, What},
+    plan::{Break, Course, What},
 };
 
 /// The numbers of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
+    /// What was done.
+    pub course: Course,
     /// From which all of it was drawn.
     pub seed: u64,
     /// How long the clients talked.
@@ -113,6 +115,7 @@ impl Report {
             }
         }
         Self {
+            course: Course::Random,
             seed: 0,
             seconds: 0,
             snapshots: "",
@@ -151,6 +154,8 @@ fn kind(what: What) -> String {
             format!("postgres for all: {how:?}").to_lowercase()
         }
         What::Postgres(how) => format!("postgres away for all: {how:?}").to_lowercase(),
+        What::Stop => "postgres crashed, restarted".into(),
+        What::Promote => "postgres crashed, standby promoted".into(),
         What::Redis => "redis killed, restarted".into(),
         What::Slow(_) => "(not planned: a replica was slow, the machine busy)".into(),
         What::Account(_, misfortune) => format!("account: {misfortune:?}").to_lowercase(),
@@ -160,6 +165,7 @@ fn kind(what: What) -> String {
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
+            course,
             seed,
             seconds,
             replicas,
@@ -175,7 +181,7 @@ impl fmt::Display for Report {
         } = self;
         writeln!(
             out,
-            "seed {seed}: {seconds} s, {replicas} replicas, {clients} clients, snapshots {snapshots}, {attempts} attempts upstream, {estimated} of \
+            "{course:?}, seed {seed}: {seconds} s, {replicas} replicas, {clients} clients, snapshots {snapshots}, {attempts} attempts upstream, {estimated} of \
              them guessed, {forwards} forwards, {takes} takes, {rebuilds} rebuilds, {moves} moves of leases"
         )?;
         for (title, counts) in [

@@ -3,7 +3,10 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
-    os::unix::{fs::chown, process::CommandExt as _},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -60,50 +63,128 @@ impl Drop for Server {
     }
 }
 
-/// An empty Postgres; yields it and its URL.
-pub(super) async fn postgres(dir: &Path) -> anyhow::Result<(Server, String)> {
-    let bin = programs().context("Postgres is not installed")?;
-    let data = private(dir, "postgres")?;
-    let mut command = Command::new(bin.join("initdb"));
-    command
-        .args(["--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C"])
-        .args(["--username", USER, "--pgdata"])
-        .arg(&data)
-        .current_dir("/");
-    demoted(&mut command);
-    let made = tokio::process::Command::from(command).output().await?;
-    ensure!(
-        made.status.success(),
-        "initdb: {}",
-        String::from_utf8_lossy(&made.stderr)
-    );
-    let port = lasting_port()?;
-    let mut command = Command::new(bin.join("postgres"));
-    command.arg("-D").arg(&data).args([
-        "-k",
-        "",
-        "-c",
-        "listen_addresses=127.0.0.1",
-        "-c",
-        &format!("port={port}"),
-        "-c",
-        "max_connections=300",
-        "-c",
-        "fsync=off",
-    ]);
-    demoted(&mut command);
-    let log = dir.join("postgres.log");
-    let server = Server::start(command, port, log, Signal::INT).await?;
-    let url = format!("postgres://{USER}@{}/postgres", server.address);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while tokio_postgres::connect(&url, tokio_postgres::NoTls)
-        .await
-        .is_err()
-    {
-        ensure!(Instant::now() < deadline, "Postgres takes no connections");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+/// A Postgres, whose data outlives its process.
+pub(super) struct Postgres {
+    bin: PathBuf,
+    data: PathBuf,
+    pub(super) address: SocketAddr,
+    server: Option<Server>,
+}
+
+impl Postgres {
+    /// An empty one, started.
+    pub(super) async fn make(dir: &Path) -> anyhow::Result<Self> {
+        let mut postgres = Self::at(private(dir, "postgres")?)?;
+        let options = [
+            "--no-sync",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--username",
+            USER,
+            "--pgdata",
+        ];
+        postgres.program("initdb", &options).await?;
+        postgres.start().await?;
+        Ok(postgres)
     }
-    Ok((server, url))
+
+    /// A copy that follows this one by way of an address, without being waited for.
+    pub(super) async fn standby(&self, dir: &Path, by: SocketAddr) -> anyhow::Result<Self> {
+        let mut standby = Self::at(private(dir, "standby")?)?;
+        let host = format!("--host={}", by.ip());
+        let port = format!("--port={}", by.port());
+        let options = [
+            "--checkpoint=fast",
+            "--write-recovery-conf",
+            "--no-sync",
+            "--username",
+            USER,
+            &host,
+            &port,
+            "--pgdata",
+        ];
+        standby.program("pg_basebackup", &options).await?;
+        standby.spawn().await?;
+        Ok(standby)
+    }
+
+    fn at(data: PathBuf) -> anyhow::Result<Self> {
+        Ok(Self {
+            bin: programs().context("Postgres is not installed")?,
+            data,
+            address: (Ipv4Addr::LOCALHOST, lasting_port()?).into(),
+            server: None,
+        })
+    }
+
+    /// Where clients find it.
+    pub(super) fn url(&self) -> String {
+        format!("postgres://{USER}@{}/postgres", self.address)
+    }
+
+    /// Starts it; returns when it takes connections.
+    pub(super) async fn start(&mut self) -> anyhow::Result<()> {
+        self.spawn().await?;
+        let (url, deadline) = (self.url(), Instant::now() + Duration::from_secs(60));
+        while tokio_postgres::connect(&url, tokio_postgres::NoTls)
+            .await
+            .is_err()
+        {
+            ensure!(Instant::now() < deadline, "Postgres takes no connections");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Ends it as a crash of its machine would: nobody is told, nothing is written.
+    pub(super) fn crash(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.end = Signal::QUIT;
+        }
+    }
+
+    /// Takes the place of another, with what it has got from it.
+    pub(super) async fn replace(&mut self, other: &mut Self) -> anyhow::Result<()> {
+        other.crash();
+        self.server = None;
+        self.address = other.address;
+        self.spawn().await?;
+        self.program("pg_ctl", &["promote", "--wait", "--pgdata"])
+            .await
+    }
+
+    async fn spawn(&mut self) -> anyhow::Result<()> {
+        let port = self.address.port();
+        let mut command = Command::new(self.bin.join("postgres"));
+        command.arg("-D").arg(&self.data).args(["-k", ""]);
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            &format!("port={port}"),
+            "max_connections=300",
+            "fsync=off",
+        ] {
+            command.args(["-c", setting]);
+        }
+        demoted(&mut command);
+        let log = self.data.with_extension("log");
+        self.server = Some(Server::start(command, port, log, Signal::INT).await?);
+        Ok(())
+    }
+
+    /// Runs one of its programs on its data.
+    async fn program(&self, name: &str, options: &[&str]) -> anyhow::Result<()> {
+        let mut command = Command::new(self.bin.join(name));
+        command.args(options).arg(&self.data).current_dir("/");
+        demoted(&mut command);
+        let done = tokio::process::Command::from(command).output().await?;
+        ensure!(
+            done.status.success(),
+            "{name}: {}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        Ok(())
+    }
 }
 
 /// A pooler in transaction mode before a Postgres; `None` where the program is missing.
@@ -116,7 +197,7 @@ pub(super) async fn pgbouncer(dir: &Path, postgres: SocketAddr) -> anyhow::Resul
     let (config, users) = (home.join("pgbouncer.ini"), home.join("users"));
     let text = format!(
         "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
-         pool_mode = transaction\nauth_type = trust\nauth_file = {}\nmax_client_conn = 1000\n",
+         pool_mode = transaction\nserver_login_retry = 1\nauth_type = trust\nauth_file = {}\nmax_client_conn = 1000\n",
         postgres.ip(),
         postgres.port(),
         users.display(),
@@ -164,6 +245,7 @@ pub(super) fn versions() -> Vec<String> {
 fn private(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
     let path = dir.join(name);
     fs::create_dir_all(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
     if geteuid().is_root() {
         chown(&path, Some(NOBODY), Some(NOBODY))?;
     }

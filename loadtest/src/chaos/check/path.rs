@@ -187,7 +187,7 @@ impl Path {
 
 fn blinds(what: What, path: &Path) -> bool {
     match what {
-        What::Postgres(_) => true,
+        What::Postgres(_) | What::Stop | What::Promote => true,
         // A statement that a busy machine answers too late is one without an answer.
         What::Edge(replica, Side::Postgres, _) | What::Slow(replica) => path.on(replica),
         _ => false,

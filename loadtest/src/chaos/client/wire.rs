@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 use tokio::net::TcpStream;
@@ -157,6 +157,17 @@ impl Socket {
                 Err(Box::new(reply.at(entry)))
             }
             Err(error) => Err(Box::new(Reply::broken(error).at(entry))),
+        }
+    }
+
+    /// Whether the other side has closed it by now, as a client's reading task finds out at once.
+    pub(super) fn is_closed(&mut self) -> bool {
+        loop {
+            match self.socket.next().now_or_never() {
+                None => return false,
+                Some(None | Some(Err(_) | Ok(Message::Close(_)))) => return true,
+                Some(Some(Ok(_))) => {}
+            }
         }
     }
 
