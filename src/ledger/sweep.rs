@@ -114,6 +114,7 @@ impl Ledger {
         let mut swept = 0;
         loop {
             let mut found = store::find_lost(&self.db, LONGEST, BATCH).await?;
+            let last = (found.len() as i64) < BATCH;
             for turn in &mut found {
                 for attempt in turn.attempts.iter_mut().filter(|attempt| attempt.runs()) {
                     attempt.lose(&turn.model);
@@ -124,8 +125,8 @@ impl Ledger {
             let lost: Vec<Lost> = found.into_iter().map(Lost::from).collect();
             let booked = store::book_lost(&self.db, &lost, &entries).await?;
             swept += booked.unsigned_abs();
-            // Fewer: the rest is somebody else's by now.
-            if booked < BATCH {
+            // None of them: somebody else is at it.
+            if last || booked == 0 {
                 break;
             }
         }
