@@ -230,9 +230,14 @@ impl Server {
             let logins = Logins::new(&config.upstream, &accounts, &tasks)?;
             router = router.merge(operator::router(&token.0, logins));
         }
+        // Whoever watches sees a long drain to its end.
+        let watched = Phase {
+            closing: tasks.stopping(),
+            ..Phase::default()
+        };
         tasks.essential(
             "admin",
-            connection::accept(admin, router, phase.clone(), tasks.clone()),
+            connection::accept(admin, router, watched, tasks.clone()),
         );
         phase.ready.cancel();
         Ok(Self {

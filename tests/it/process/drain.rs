@@ -44,7 +44,9 @@ async fn a_lame_duck_still_serves_then_lets_nobody_in_and_leaves_when_the_last_t
     assert_eq!(text_of(&events(late).await), "echo: hi..");
 
     closed(&service.address).await;
-    closed(&service.admin).await;
+    let watched = service.watch("/metrics").await;
+    assert!(watched.status().is_success(), "metrics last to the end");
+    assert_eq!(service.watch("/readyz").await.status(), 503);
     let close = idle.closed().await.unwrap();
     assert_eq!(u16::from(close.code), 1012, "come back elsewhere");
     assert!(

@@ -292,6 +292,12 @@ impl Service {
         found.unwrap_or_else(|| panic!("`{text}` was never logged:\n{}", self.log()))
     }
 
+    /// GETs a path of the admin listener.
+    pub(crate) async fn watch(&self, path: &str) -> Response {
+        let url = format!("http://{}{path}", self.admin);
+        self.http.get(url).send().await.unwrap()
+    }
+
     /// GETs a path without a key.
     pub(crate) async fn get(&self, path: &str) -> Response {
         let url = format!("http://{}{path}", self.address);
