@@ -138,9 +138,13 @@ impl Ledger {
     pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<Booked, Error> {
         let opened = opened.closed();
         if let Some(late) = opened.unrecorded() {
-            store::open_late(&self.db, self.boot(), &late.opening, &opened).await?;
+            store::open_late(&self.db, self.boot(), late.opening.fence, &opened).await?;
         }
-        let booked = store::settle(&self.db, &opened, settlement).await?;
+        let mut booked = store::settle(&self.db, &opened, settlement).await?;
+        // Where a standby has taken over, it may never have heard of the turn.
+        if !booked.turn && store::open_late(&self.db, opened.boot(), None, &opened).await? {
+            booked = store::settle(&self.db, &opened, settlement).await?;
+        }
         self.away.answered();
         // Also when it was booked before: the log ignores what it has.
         self.log.push(Entry::of_turn(&opened, &settlement.answer));

@@ -3,6 +3,7 @@
 //! An incarnation is a row of `bridge_replicas` under a random `boot_id`. Its tombstone `dead_at` is set once: by a peer after TTL and grace
 //! without heartbeats, by itself when it leaves, or by the registration of its successor. A process that finds itself buried goes on as
 //! another incarnation; what the old one owned is lost to it. Before a peer may bury us we have stopped to admit turns, by our own clock.
+//! The same where the database is another than the one that registered us: what it says of leases may be out of date, so all begin anew.
 //!
 //! It knows nothing of leases and turns.
 
@@ -11,7 +12,7 @@ mod store;
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -119,6 +120,8 @@ pub struct Replica {
     standing: watch::Sender<Standing>,
     peers: watch::Sender<Arc<[Peer]>>,
     draining: Arc<AtomicBool>,
+    /// Of the database that the incarnation is registered in.
+    timeline: Arc<Mutex<Option<String>>>,
 }
 
 impl Replica {
@@ -141,6 +144,7 @@ impl Replica {
             standing: watch::Sender::new(Standing::Dead),
             peers: watch::Sender::new(Arc::new([])),
             draining: Arc::default(),
+            timeline: Arc::default(),
         };
         let connection = replica.db.connection().await?;
         replica.reincarnate(&connection, None).await?;
@@ -154,7 +158,8 @@ impl Replica {
         *self.boot.borrow()
     }
 
-    /// The same, followed: it changes when a peer had buried the incarnation before. What that one owned is then no longer ours.
+    /// The same, followed: it changes when a peer had buried the incarnation before, or a standby has taken the place of the database.
+    /// What that one owned is then no longer ours.
     #[must_use]
     pub fn boots(&self) -> watch::Receiver<BootId> {
         self.boot.subscribe()
@@ -230,15 +235,27 @@ impl Replica {
             let sent = Instant::now();
             let answer = self
                 .patiently("heartbeat", async |connection| {
-                    store::beat(connection, boot, ttl).await
+                    let answer = store::beat(connection, boot, ttl).await?;
+                    Ok(match self.has_moved(connection).await? {
+                        true => Answer::Moved,
+                        false => answer,
+                    })
                 })
                 .await;
             heard = answer.is_some();
-            let after = before.after(answer.unwrap_or(Answer::Missing), sent, &self.timing);
-            self.standing.send_replace(after);
-            if after == Standing::Dead {
-                tracing::error!(boot_id = %boot, replica = self.name, "a peer has declared this replica dead");
-                telemetry::count("drawbridge_replica_buried_total");
+            let answer = answer.unwrap_or(Answer::Missing);
+            self.standing
+                .send_replace(before.after(answer, sent, &self.timing));
+            match answer {
+                Answer::Buried => {
+                    tracing::error!(boot_id = %boot, replica = self.name, "a peer has declared this replica dead");
+                    telemetry::count("drawbridge_replica_buried_total");
+                }
+                Answer::Moved => {
+                    tracing::error!(boot_id = %boot, replica = self.name, "another database has taken over; what was committed last may be lost");
+                    telemetry::count("drawbridge_database_moves_total");
+                }
+                Answer::InTime | Answer::Late | Answer::Missing => {}
             }
         }
         if *self.standing.borrow() == Standing::Dead {
@@ -256,6 +273,19 @@ impl Replica {
         } else {
             telemetry::count("drawbridge_heartbeats_missed_total");
         }
+    }
+
+    /// Whether the database is another than the one that has registered us.
+    async fn has_moved(&self, connection: &Connection) -> Result<bool, Error> {
+        let Some(before) = self.timeline().clone() else {
+            return Ok(false);
+        };
+        let now = store::timeline(connection).await?;
+        Ok(now.is_some_and(|now| now != before))
+    }
+
+    fn timeline(&self) -> MutexGuard<'_, Option<String>> {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs statements on a connection that is cut if they take too long. `None` if they did, or failed.
@@ -300,7 +330,9 @@ impl Replica {
             draining: self.draining.load(Ordering::Acquire),
             before,
         };
+        let timeline = store::timeline(connection).await?;
         store::register(connection, new).await?;
+        *self.timeline() = timeline;
         tracing::info!(boot_id = %boot, replica = self.name, "registered");
         // In this order: nothing is admitted in the name of the one before.
         self.boot.send_replace(boot);

@@ -138,8 +138,8 @@ statements! { "ledger";
 
     /// Records a turn that ran while Postgres was away, before it is settled. If its BEGIN has landed all the same, its lease is idle again
     /// and its row is there already, or the earlier turn that it reopened is closed again; if that lands later, it finds this row and is
-    /// undone as a whole.
-    OPEN_LATE: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8] = "
+    /// undone as a whole. Also records again what a database has forgotten.
+    OPEN_LATE: [UUID, UUID, UUID, TEXT, UUID, TEXT, TEXT, TEXT, UUID, JSONB, UUID, INT8, UUID] = "
         with idle as (
             update http_bridge_leases set busy_turn = null, busy_since = null
             where lease_id = $11 and generation = $12 and busy_turn = $1
@@ -147,11 +147,11 @@ statements! { "ledger";
         ), undone as (
             update turns set state = 'settled', outcome = 'failed', reason = 'withdrawn', request_id = turn_id, attempts = attempts - (-1),
                 requests = requests - 1, settled_at = clock_timestamp()
-            where request_id = $1 and turn_id <> $1 and state = 'open' and (select count(*) from idle) >= 0
+            where request_id = $1 and turn_id <> $13 and state = 'open' and (select count(*) from idle) >= 0
             returning 1
         )
         insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
-        select $1, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from undone) >= 0
+        select $13, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from undone) >= 0
         on conflict do nothing";
 
     /// An entry that is there stays as it is.
@@ -311,32 +311,34 @@ pub(super) async fn open(
     Ok(Some(opened))
 }
 
+/// `begun` is the lease on which an opening that was given up may have begun it. True if it was not there.
 pub(super) async fn open_late(
     db: &Db,
     boot: BootId,
-    opening: &Opening,
+    begun: Option<Fence>,
     opened: &Opened,
-) -> Result<(), Error> {
-    let (request, fence) = (&opening.request, opening.fence.as_ref());
+) -> Result<bool, Error> {
+    let request = opened.request();
     db.exec(
         &OPEN_LATE,
         &[
             &request.id,
             &request.scope,
             &request.api_key,
-            &opening.client_turn.as_deref().map(client_turn),
+            &opened.client_turn().map(client_turn),
             &boot,
             &request.route,
             &request.transport,
             &plain(&request.model, 100),
             &opened.account(),
             &Json(opened.all_attempts()),
-            &fence.map(|fence| fence.lease),
-            &fence.map(|fence| fence.generation),
+            &begun.map(|fence| fence.lease),
+            &begun.map(|fence| fence.generation),
+            &opened.turn(),
         ],
     )
     .await
-    .map(drop)
+    .map(|rows| rows == 1)
 }
 
 pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {

@@ -73,6 +73,7 @@ pub enum NotOpened {
 pub struct Opened {
     request: Request,
     turn: TurnId,
+    client_turn: Option<String>,
     fence: Option<Fence>,
     boot: BootId,
     attempts: Vec<Attempt>,
@@ -92,6 +93,7 @@ impl Opened {
         Self {
             request: opening.request,
             turn,
+            client_turn: opening.client_turn,
             fence: opening.fence,
             boot,
             attempts,
@@ -101,10 +103,15 @@ impl Opened {
 
     /// One that is not recorded yet. It has no lease: what was not begun on it does not move it.
     pub(super) fn late(late: Late, first: Attempt) -> Self {
-        let request = late.opening.request.clone();
+        let Opening {
+            request,
+            client_turn,
+            ..
+        } = late.opening.clone();
         Self {
             turn: request.id,
             request,
+            client_turn,
             fence: None,
             boot: first.boot_id,
             attempts: vec![first],
@@ -118,9 +125,13 @@ impl Opened {
         self.late.is_some()
     }
 
-    /// What its recording needs, if it is still to come.
+    /// The lease that its opening asked for, if its recording is still to come.
     pub(super) fn unrecorded(&self) -> Option<&Late> {
         self.late.as_deref()
+    }
+
+    pub(super) fn client_turn(&self) -> Option<&str> {
+        self.client_turn.as_deref()
     }
 
     /// The row of the ledger: the id of the first request of this turn.

@@ -13,6 +13,8 @@ pub(super) enum Answer {
     Late,
     /// There is no living row: a peer has buried us.
     Buried,
+    /// Another database has taken the place of the one that registered us: what was confirmed last may be gone.
+    Moved,
     /// None came, or an error: it may have been written or not.
     Missing,
 }
@@ -56,7 +58,7 @@ impl Standing {
                 deadline,
                 unbroken: None,
             },
-            Answer::Buried => Self::Dead,
+            Answer::Buried | Answer::Moved => Self::Dead,
         }
     }
 
@@ -90,8 +92,8 @@ mod tests {
 
     #[test]
     fn a_history_of_heartbeats_decides_what_is_admitted_and_who_may_bury() {
-        use Answer::{Buried, InTime, Late, Missing};
-        let histories: [(&str, &[Line]); 5] = [
+        use Answer::{Buried, InTime, Late, Missing, Moved};
+        let histories: [(&str, &[Line]); 6] = [
             (
                 "every heartbeat carries the deadline on, and the series began with the registration",
                 &[
@@ -116,8 +118,12 @@ mod tests {
                 ],
             ),
             (
-                "only a missing row is death",
+                "a heartbeat without an answer is no death, a missing row is",
                 &[(3, Missing, Some(12), None), (40, Buried, None, None)],
+            ),
+            (
+                "what another database says of us is not believed",
+                &[(3, Moved, None, None)],
             ),
             (
                 "nothing brings the dead back",

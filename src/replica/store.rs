@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Listed, Peer, step::Answer};
 use crate::{
-    db::{Connection, Db, Error},
+    db::{Class, Connection, Db, Error},
     ids::BootId,
     statements,
 };
@@ -22,6 +22,9 @@ statements! { "replica";
         from bridge_replicas before
         where r.boot_id = $1 and before.boot_id = r.boot_id and r.dead_at is null
         returning before.expires_at < clock_timestamp()";
+
+    /// Changes when a standby is promoted or a backup restored; as the first part of the name of the log file that is written.
+    TIMELINE: [] = "select left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
 
     /// `dead_at` is monotone: once set, BEAT finds nothing.
     BURY: [UUID, FLOAT8] = "
@@ -95,6 +98,15 @@ pub(super) async fn beat(
         Some(true) => Answer::Late,
         None => Answer::Buried,
     })
+}
+
+/// `None` where the database will not say: services that share their storage between servers, which lose nothing.
+pub(super) async fn timeline(connection: &Connection) -> Result<Option<String>, Error> {
+    match connection.one(&TIMELINE, &[]).await {
+        Ok(row) => Ok(Some(row.try_get(0)?)),
+        Err(error) if *error.class() == Class::Bug => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 pub(super) async fn bury(

@@ -317,6 +317,12 @@ fn healed(calls: &[Call]) -> impl Iterator<Item = Violation> {
 /// A generation belongs to one owner, and none comes back.
 fn fenced(history: &History) -> Vec<Violation> {
     let mut found = Vec::new();
+    // What a standby has not got is given out again: generations are compared from there on.
+    let moved = history
+        .faults
+        .iter()
+        .filter(|fault| fault.what == What::Promote);
+    let since = moved.map(|fault| fault.to + path::ECHO).max().unwrap_or(0);
     let mut newest: BTreeMap<&str, i64> = BTreeMap::new();
     let mut owners: BTreeMap<(&str, i64), &str> = BTreeMap::new();
     let mut owned = |lease, generation, owner| {
@@ -326,7 +332,8 @@ fn fenced(history: &History) -> Vec<Violation> {
             violation("two_owners", what)
         })
     };
-    for Sighting { lease: seen, .. } in &history.sightings {
+    let sightings = history.sightings.iter().filter(|seen| seen.at >= since);
+    for Sighting { lease: seen, .. } in sightings {
         let before = newest.entry(&seen.id).or_insert(seen.generation);
         if seen.generation < *before {
             let what = format!("lease {}: {} after {before}", seen.id, seen.generation);
@@ -337,7 +344,8 @@ fn fenced(history: &History) -> Vec<Violation> {
             found.extend(owned(&seen.id, seen.generation, owner));
         }
     }
-    let mut turns: Vec<&Turn> = history.turns.iter().collect();
+    let turns = history.turns.iter();
+    let mut turns: Vec<&Turn> = turns.filter(|turn| turn.opened >= since).collect();
     turns.sort_by_key(|turn| turn.opened);
     let mut newest: BTreeMap<&str, i64> = BTreeMap::new();
     for turn in turns {

@@ -149,6 +149,8 @@ fn disturbed(paths: &Paths<'_>, entry: &Entry<'_>, sent: u64) -> bool {
         What::Account(a, Misfortune::Cut | Misfortune::Closed | Misfortune::Silent) => {
             account == Some(a)
         }
+        // Nobody is left who could tell what the lost commits said.
+        What::Promote => true,
         _ => false,
     })
 }

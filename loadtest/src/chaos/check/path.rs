@@ -168,8 +168,17 @@ impl<'a> Paths<'a> {
         self.met(path, |what| blinds(what, path))
     }
 
+    /// Whether what was written in a time is lost: Postgres was replaced by a standby that had not got it.
+    pub(super) fn forgotten(&self, from: u64, to: u64) -> bool {
+        let mut faults = self.history.faults.iter();
+        faults.any(|fault| fault.what == What::Promote && fault.from <= to && from <= fault.to)
+    }
+
     /// Whether a turn may be known to nobody: it ran while Postgres was out of reach, and who was to record it ended.
     pub(super) fn died_unseen(&self, path: &Path) -> bool {
+        if self.forgotten(path.from, path.to) {
+            return true;
+        }
         let ends = |what| matches!(what, What::Kill(r) | What::Drain(r) if path.on(r));
         self.blind(path) && self.struck(path.from, path.to.saturating_add(60_000), ends)
     }
