@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check bench chaos
+.PHONY: run demo test check bench load soak chaos drills page
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -33,8 +33,33 @@ bench:
 	@target/release/loadtest bench --drawbridge target/release/drawbridge
 	@DRAWBRIDGE_SNAPSHOTS=full target/release/loadtest bench --drawbridge target/release/drawbridge --out loadtest/results/bench-full.json
 
+## load: further kinds of load, beside nginx where it can take them; writes loadtest/results
+load:
+	@scripts/install-tools postgres nginx
+	$(CARGO) build --quiet --release --workspace
+	@target/release/loadtest load --drawbridge target/release/drawbridge
+
+## soak: half an hour of conversations that come and go, and whether anything grows; writes loadtest/results
+soak:
+	@scripts/install-tools postgres
+	$(CARGO) build --quiet --release --workspace
+	@target/release/loadtest soak --drawbridge target/release/drawbridge
+
 ## chaos: breaks three replicas and the network around them for ten minutes and checks every history; writes loadtest/results (CHAOS="--minutes 3 --seed 7")
 chaos:
 	@scripts/install-tools postgres pgbouncer redis
 	$(CARGO) build --quiet --release --workspace
 	@target/release/loadtest chaos --drawbridge target/release/drawbridge $(CHAOS)
+
+## drills: what an operator does or has to live through, with 240 clients on three replicas: rolling restarts, a new master key, Postgres away, a standby in its place
+drills:
+	@scripts/install-tools postgres pgbouncer redis
+	$(CARGO) build --quiet --release --workspace
+	@for course in rolling rotation outage promotion; do \
+		target/release/loadtest chaos --drawbridge target/release/drawbridge --course $$course --clients 240 --pace 500 --minutes 2 --seed 5 \
+			--out loadtest/results/drill-$$course.json || exit 1; \
+	done
+
+## page: a page with plots from what bench, load, soak, chaos and drills have written
+page:
+	$(CARGO) run --quiet --release --package loadtest -- page

@@ -4,7 +4,7 @@
 //! proxy's own processes, without the database. Every figure is the median of the rounds; the rounds themselves are in the JSON.
 
 mod hop;
-mod nginx;
+pub(crate) mod nginx;
 mod snapshot;
 mod summary;
 
@@ -82,10 +82,10 @@ impl Scenario {
 
 /// A proxy under load.
 pub(crate) struct Target {
-    name: &'static str,
-    url: String,
-    key: String,
-    pids: Vec<u32>,
+    pub(crate) name: &'static str,
+    pub(crate) url: String,
+    pub(crate) key: String,
+    pub(crate) pids: Vec<u32>,
 }
 
 /// One scenario on one proxy, once.
@@ -231,6 +231,7 @@ async fn load(
         body_bytes: options.body_bytes,
         ramp: scenario.ramp(),
         timeout: Duration::from_secs(60),
+        pause: Duration::ZERO,
     };
     let report = drive(&plan).await?;
     anyhow::ensure!(
@@ -305,7 +306,7 @@ pub(crate) fn version(program: impl AsRef<std::ffi::OsStr>, flag: &str) -> Optio
     Some(String::from_utf8_lossy(&said).trim().to_owned())
 }
 
-fn write(path: &Path, result: &Value) -> anyhow::Result<()> {
+pub(crate) fn write(path: &Path, result: &Value) -> anyhow::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }

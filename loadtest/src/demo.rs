@@ -86,6 +86,7 @@ async fn converse(
             body_bytes: 12_000,
             ramp: Duration::ZERO,
             timeout: Duration::from_secs(60),
+            pause: Duration::ZERO,
         };
         let Report { errors, .. } = drive(&plan).await?;
         for (error, times) in errors {

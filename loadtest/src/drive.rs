@@ -61,6 +61,8 @@ pub struct Plan {
     pub ramp: Duration,
     /// How long one turn may take.
     pub timeout: Duration,
+    /// After each piece of an answer over HTTP: a client that is slow to read.
+    pub pause: Duration,
 }
 
 /// Runs a load to its end.
@@ -158,7 +160,14 @@ impl Stream {
                 .saw(event)
         };
         self.last_response = wire
-            .turn(&self.target, self.session, &metadata, body, noted)
+            .turn(
+                &self.target,
+                self.session,
+                &metadata,
+                body,
+                self.plan.pause,
+                noted,
+            )
             .await?;
         Ok(())
     }

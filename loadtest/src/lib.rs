@@ -6,6 +6,8 @@ pub mod clock;
 pub mod demo;
 pub mod drive;
 pub mod edge;
+pub mod load;
+pub mod page;
 pub mod process;
 pub mod rig;
 pub mod upstream;

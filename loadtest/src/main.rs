@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use loadtest::{
     bench, chaos, demo,
     drive::{Plan, Transport, drive},
+    load, page,
     process::interrupted,
     upstream::{Config, Upstream},
 };
@@ -53,6 +54,36 @@ enum Command {
         /// Where the JSON goes
         #[arg(long, default_value = "loadtest/results/bench.json")]
         out: PathBuf,
+    },
+    /// Put kinds of load on nginx and on Drawbridge that the bench leaves out
+    Load {
+        /// Release binary of Drawbridge
+        #[arg(long)]
+        drawbridge: PathBuf,
+        /// This scenario alone
+        #[arg(long)]
+        only: Option<String>,
+        /// Where the JSON goes
+        #[arg(long, default_value = "loadtest/results/load.json")]
+        out: PathBuf,
+    },
+    /// Load one replica for long and see whether anything grows
+    Soak {
+        /// Release binary of Drawbridge
+        #[arg(long)]
+        drawbridge: PathBuf,
+        /// How long
+        #[arg(long, default_value_t = 30.0)]
+        minutes: f64,
+        /// Where the JSON goes
+        #[arg(long, default_value = "loadtest/results/soak.json")]
+        out: PathBuf,
+    },
+    /// Draw what the other commands have written: a page with plots
+    Page {
+        /// Where the JSON is and the page goes
+        #[arg(long, default_value = "loadtest/results")]
+        dir: PathBuf,
     },
     /// Do something to replicas and what they stand on while clients talk, and check that every promise was kept; fails if one was not
     Chaos {
@@ -153,6 +184,7 @@ async fn main() -> anyhow::Result<()> {
                 body_bytes: args.body_bytes,
                 ramp: Duration::ZERO,
                 timeout: Duration::from_secs(120),
+                pause: Duration::ZERO,
             };
             println!("{}", serde_json::to_string_pretty(&drive(&plan).await?)?);
         }
@@ -163,6 +195,23 @@ async fn main() -> anyhow::Result<()> {
             ended = demo::run(&drawbridge, seconds) => ended?,
             asked = interrupted() => asked?,
         },
+        Command::Load {
+            drawbridge,
+            only,
+            out,
+        } => tokio::select! {
+            ended = load::run(&drawbridge, only.as_deref(), &out) => ended?,
+            asked = interrupted() => asked?,
+        },
+        Command::Soak {
+            drawbridge,
+            minutes,
+            out,
+        } => tokio::select! {
+            ended = load::soak(&drawbridge, minutes, &out) => ended?,
+            asked = interrupted() => asked?,
+        },
+        Command::Page { dir } => page::write(&dir)?,
         Command::Chaos {
             drawbridge,
             course,

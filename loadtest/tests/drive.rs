@@ -20,6 +20,7 @@ fn plan(upstream: &Upstream, transport: Transport) -> Plan {
         body_bytes: 20_000,
         ramp: Duration::ZERO,
         timeout: Duration::from_secs(20),
+        pause: Duration::ZERO,
     }
 }
 

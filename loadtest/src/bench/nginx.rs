@@ -11,16 +11,16 @@ use crate::{
 };
 
 /// One is the cheapest way to run it on few cores.
-pub(super) const WORKERS: usize = 1;
+pub(crate) const WORKERS: usize = 1;
 
 /// nginx with a configuration of its own.
-pub(super) struct Nginx {
+pub(crate) struct Nginx {
     daemon: Daemon,
     address: String,
 }
 
 impl Nginx {
-    pub(super) async fn start(dir: &Path, fake: &Fake) -> anyhow::Result<Self> {
+    pub(crate) async fn start(dir: &Path, fake: &Fake) -> anyhow::Result<Self> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let auth = fake.account("alice").await?;
         let token = |name: &str| {
@@ -56,7 +56,7 @@ impl Nginx {
         Ok(Self { daemon, address })
     }
 
-    pub(super) fn target(&self) -> anyhow::Result<Target> {
+    pub(crate) fn target(&self) -> anyhow::Result<Target> {
         let mut pids = children(self.daemon.pid())?;
         anyhow::ensure!(pids.len() == WORKERS, "nginx has {} workers", pids.len());
         pids.push(self.daemon.pid());
@@ -80,6 +80,7 @@ error_log {dir}/nginx-error.log warn;
 events {{ worker_connections 4096; }}
 http {{
     access_log off;
+    map $http_upgrade $hop {{ default upgrade; '' ''; }}
     client_body_temp_path {dir}/nginx-body;
     proxy_temp_path {dir}/nginx-proxy;
     fastcgi_temp_path {dir}/nginx-fastcgi;
@@ -100,7 +101,8 @@ http {{
             proxy_http_version 1.1;
             proxy_buffering off;
             proxy_read_timeout 300s;
-            proxy_set_header Connection "";
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $hop;
             proxy_set_header Host {upstream};
             proxy_set_header Authorization "Bearer {token}";
             proxy_set_header chatgpt-account-id "{account_id}";

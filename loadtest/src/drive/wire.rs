@@ -1,6 +1,6 @@
 //! One connection, and a turn on it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use http::{HeaderValue, Request, Uri, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::sleep};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{Message, client::IntoClientRequest as _},
@@ -113,6 +113,7 @@ impl Wire {
         session: Uuid,
         metadata: &str,
         body: String,
+        pause: Duration,
         saw: impl Fn(Seen),
     ) -> anyhow::Result<Option<String>> {
         let mut turn = Turn {
@@ -145,6 +146,9 @@ impl Wire {
                 while let Some(frame) = response.frame().await {
                     if let Ok(data) = frame.context("body")?.into_data() {
                         lines.take(&data, |json| turn.event(json));
+                    }
+                    if !pause.is_zero() {
+                        sleep(pause).await;
                     }
                 }
             }

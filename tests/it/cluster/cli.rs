@@ -7,6 +7,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use loadtest::edge::Mode;
 
@@ -176,6 +177,64 @@ async fn between_processes(end: End) {
         )
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn running_clis_notice_nothing_of_a_rolling_restart() {
+    let mut cluster = Cluster::start(Plan {
+        replicas: 3,
+        accounts: &["alice", "bob"],
+        settings: &[("DRAWBRIDGE_DRAIN_DELAY", "300ms")],
+        ..Plan::default()
+    })
+    .await;
+    // Answers outlast the delay.
+    let paced = Fault::always(Kind::Paced(10, 60));
+    cluster.home.upstream.fault(paced);
+    let url = format!("http://{}/backend-api/codex", cluster.balancer.address);
+    let over = CancellationToken::new();
+    let loops = WIRES.map(|wire| {
+        let (codex, over) = (Codex::new(&url, &cluster.key, wire), over.clone());
+        tokio::spawn(async move {
+            let mut turns = 0;
+            while !over.is_cancelled() {
+                let run = match turns {
+                    0 => codex.exec("turn 0").await,
+                    _ => codex.resume(&format!("turn {turns}")).await,
+                };
+                let answer = run.expect_answer();
+                assert!(answer.starts_with(&format!("echo: turn {turns}")));
+                assert_eq!(run.errors(), [""; 0], "{wire:?} {turns}");
+                turns += 1;
+            }
+            turns
+        })
+    });
+    for number in 0..3 {
+        let begun = cluster.home.upstream.attempts().len();
+        until("clients talk", async || {
+            cluster.home.upstream.attempts().len() > begun + 1
+        })
+        .await;
+        // As a balancer does that asks whether it is ready.
+        cluster.signal(number, Signal::TERM);
+        let replica = &mut cluster.replicas[number];
+        replica.clients.set(Mode::Refuse);
+        let mut draining = replica.service.take().unwrap();
+        let status = draining.ended().await;
+        assert!(status.success(), "{status}\n{}", draining.log());
+        cluster.serve(number).await;
+    }
+    over.cancel();
+    let mut asked = 0;
+    for turns in loops {
+        asked += turns.await.unwrap();
+    }
+    cluster.booked().await;
+    let (turns, attempts) = (cluster.turns().await, cluster.home.upstream.attempts());
+    assert_eq!((turns.len(), attempts.len()), (asked, asked), "{turns:#?}");
+    assert!(turns.iter().all(|turn| turn["outcome"] == "completed"));
+    assert_eq!(cluster.home.upstream.violations(), [""; 0]);
 }
 
 /// How a turn runs, and which of its replicas dies in its midst.
