@@ -22,7 +22,7 @@ test: check
 
 ## deploy: what deploy/ and .github/ say, proved by nginx, Postgres, PgBouncer, Redis and the linters of their formats
 deploy:
-	@scripts/install-tools postgres pgbouncer redis nginx deploy
+	@scripts/install-tools postgres pgbouncer redis nginx codex deploy
 	$(CARGO) build --quiet --workspace
 	@.tools/deploy/bin/python -m pytest --quiet -p no:cacheprovider tests/deploy
 

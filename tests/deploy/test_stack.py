@@ -13,7 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import BIN, DEPLOY, free_port, get, nginx, replaced, until
+from conftest import BIN, DEPLOY, ROOT, free_port, get, nginx, replaced, until
+
+CODEX = ROOT / ".tools/node_modules/.bin/codex"
 
 
 def postgres_programs():
@@ -169,6 +171,26 @@ def test_a_turn_goes_through_the_balancer(stack, key):
         {"authorization": f"Bearer {key}", "content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
         assert "response.completed" in answer.read().decode()
+
+
+@pytest.mark.parametrize("websockets", ["false", "true"])
+def test_the_codex_cli_talks_through_the_balancer(stack, key, tmp_path, websockets):
+    settings = {
+        "model": '"gpt-5.5"', "model_provider": '"drawbridge"', "check_for_update_on_startup": "false", "analytics.enabled": "false",
+        "otel.exporter": '"none"', "otel.metrics_exporter": '"none"', "otel.trace_exporter": '"none"', "features.plugins": "false", "features.apps": "false",
+        "model_providers.drawbridge": f'{{name = "drawbridge", base_url = "{stack.balancer}/backend-api/codex", wire_api = "responses", '
+        f'env_key = "DRAWBRIDGE_KEY", supports_websockets = {websockets}}}',
+    }
+    (tmp_path / "config.toml").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+    codex = [CODEX, "exec", "--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CODEX_HOME": str(tmp_path), "DRAWBRIDGE_KEY": key, "NO_PROXY": "127.0.0.1"}
+    for command in ([*codex, "-C", tmp_path, "say hi"], [*codex[:2], "resume", "--last", *codex[2:], "and again"]):
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+        events = [json.loads(line)["type"] for line in done.stdout.splitlines()]
+        assert done.returncode == 0 and "turn.completed" in events and "error" not in events, done
+    if websockets == "true":
+        assert '"status":101' in (stack.processes.home / "access.log").read_text()
 
 
 def test_a_replica_is_replaced_without_a_refused_request(stack, key):
