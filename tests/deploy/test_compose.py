@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import DEPLOY, ROOT, interpolated, replaced, tool
+from machinery import DEPLOY, ROOT, interpolated, replaced, tool
 
 OURS = ("drawbridge-1", "drawbridge-2", "drawbridge-3", "migrate", "cli")
 

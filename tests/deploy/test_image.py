@@ -4,7 +4,7 @@ import base64
 import re
 import subprocess
 
-from conftest import DEPLOY, ROOT, tool
+from machinery import DEPLOY, ROOT, tool
 
 DOCKERFILE = DEPLOY / "Dockerfile"
 

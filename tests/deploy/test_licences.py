@@ -6,7 +6,7 @@ import subprocess
 import tomllib
 
 import pytest
-from conftest import ROOT
+from machinery import ROOT
 
 DENY = tomllib.loads((ROOT / "deny.toml").read_text())
 ALLOWED = set(DENY["licenses"]["allow"])

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from conftest import free_port, nginx
+from machinery import free_port, nginx
 
 
 class Replica:
