@@ -59,7 +59,8 @@ class Stack:
 
     def start_upstream(self):
         self.upstream = free_port()
-        child = self.processes.start("upstream", [BIN / "loadtest", "upstream", "--lean", "--listen", f"127.0.0.1:{self.upstream}"])
+        command = [BIN / "loadtest", "upstream", "--lean", "--listen", f"127.0.0.1:{self.upstream}"]
+        child = self.processes.start("upstream", command, user=None)
         self.processes.listens("upstream", child, self.upstream)
 
     def start_postgres(self):
