@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check bench load soak chaos drills page
+.PHONY: run demo test check deploy bench load soak chaos drills page deny sbom image try-compose
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -19,6 +19,13 @@ demo:
 test: check
 	@scripts/install-tools postgres pgbouncer redis codex
 	$(CARGO) test --workspace --quiet
+	@$(MAKE) --no-print-directory deploy
+
+## deploy: what deploy/ and .github/ say, proved by nginx, Postgres, PgBouncer, Redis and the linters of their formats
+deploy:
+	@scripts/install-tools postgres pgbouncer redis nginx codex deploy
+	$(CARGO) build --quiet --workspace
+	@.tools/deploy/bin/python -m pytest --quiet -p no:cacheprovider tests/deploy
 
 ## check: formatting, lints and documentation
 check:
@@ -63,3 +70,21 @@ drills:
 ## page: a page with plots from what bench, load, soak, chaos and drills have written
 page:
 	$(CARGO) run --quiet --release --package loadtest -- page
+
+## deny: licences, sources and known flaws of every crate (the first time it builds cargo-deny, which takes minutes)
+deny:
+	@scripts/install-tools cargo-deny
+	.tools/bin/cargo-deny check
+
+## sbom: what is in the program, as CycloneDX, in drawbridge.cdx.json (the first time it builds cargo-cyclonedx)
+sbom:
+	@scripts/install-tools cargo-cyclonedx
+	.tools/bin/cargo-cyclonedx cyclonedx --format json --spec-version 1.5 --target all --override-filename drawbridge.cdx
+
+## image: the container image drawbridge:local
+image:
+	docker build --file deploy/Dockerfile --tag drawbridge:local .
+
+## try-compose: brings deploy/compose.yaml up under a name of its own, looks whether it serves, and takes it down
+try-compose:
+	@scripts/try-compose
