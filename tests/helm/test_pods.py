@@ -105,7 +105,7 @@ def test_selectors_find_the_replicas_and_not_the_jobs(case):
     selectors = [deployment["spec"]["selector"]["matchLabels"]]
     selectors += [it["spec"]["selector"] for it in of_kind(objects, "Service")]
     selectors += [it["spec"]["selector"]["matchLabels"] for it in of_kind(objects, "PodDisruptionBudget")]
-    spread = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"] or []
+    spread = deployment["spec"]["template"]["spec"].get("topologySpreadConstraints", [])
     selectors += [it["labelSelector"]["matchLabels"] for it in spread]
     for selector in selectors:
         for name, template in pods(objects).items():
