@@ -79,7 +79,9 @@ def test_the_chart_is_for_this_version_of_the_program():
 @pytest.mark.parametrize("name", ["x", "drawbridge", "team-drawbridge", "a" * 53, "drawbridge-" + "b" * 42])
 def test_names_fit_whatever_the_release_is_called(name):
     for it in render(CASES["everything"], name):
-        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", it["metadata"]["name"]), it["metadata"]["name"]
+        # ConfigMaps alone may be called by 253 characters: dashboards have names of their own.
+        rest = 251 if it["kind"] == "ConfigMap" else 61
+        assert re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{rest}}}[a-z0-9])?", it["metadata"]["name"]), it["metadata"]["name"]
 
 
 def test_a_name_is_used_once_for_each_kind():
