@@ -42,6 +42,7 @@ EVERYTHING = {
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
     "dashboards": {"enabled": True, "annotations": {"grafana_folder": "Drawbridge"}},
+    "doctor": {"through": "https://drawbridge.example.com", "existingSecret": "drawbridge-doctor"},
     "affinity": {"nodeAffinity": {}},
     "nodeSelector": {"disk": "ssd"},
     "tolerations": [{"key": "gpu", "operator": "Exists"}],

@@ -1,4 +1,4 @@
-"""Writes the table of values in the chart's README from the comments of values.yaml: python3 tests/helm/readme.py"""
+"""Writes the table of values in the chart's README from the comments of values.yaml: .tools/chart/bin/python tests/helm/readme.py"""
 
 import json
 import re

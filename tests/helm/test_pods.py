@@ -55,8 +55,15 @@ def test_numbers_and_lists_are_written_as_the_program_reads_them():
 
 
 def test_jobs_have_the_settings_of_the_replicas():
-    environments = [env(template) for template in pods(render(CASES["everything"])).values()]
-    assert len(environments) == 3 and all(it == environments[0] for it in environments)
+    found = {name: env(template) for name, template in pods(render(CASES["everything"])).items()}
+    assert found["drawbridge-migrate"] == found["drawbridge"]
+    key = {"DRAWBRIDGE_KEY": {"secretKeyRef": {"name": "drawbridge-doctor", "key": "key"}}}
+    assert found["drawbridge-doctor"] == found["drawbridge"] | key
+
+
+@pytest.mark.parametrize("case, command", [("defaults", ["doctor"]), ("everything", ["doctor", "--through", "https://drawbridge.example.com"])])
+def test_the_doctor_looks_through_the_way_that_clients_come(case, command):
+    assert container(pods(render(CASES[case]))["drawbridge-doctor"])["args"] == command
 
 
 def test_secrets_come_from_where_the_values_say():

@@ -42,6 +42,7 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
     ({"ipFamily": "both"}, "at '/ipFamily'"),
     ({"ingress": {"controller": "apache"}}, "at '/ingress/controller'"),
     ({"ingress": {"host": "https://a.example.com/"}}, "at '/ingress/host'"),
+    ({"doctor": {"through": "drawbridge.example.com"}}, "at '/doctor/through'"),
     ({"migration": {"mode": "sometimes"}}, "at '/migration/mode': value must be one of 'hook', 'start', 'none'"),
     ({"networkPolicy": {"postgresPorts": ["postgres"]}}, "at '/networkPolicy/postgresPorts/0'"),
     ({"networkPolicy": {"clients": [{}]}}, "at '/networkPolicy/clients/0'"),
@@ -93,7 +94,7 @@ def test_every_value_is_documented():
 
 
 def test_the_readme_is_current():
-    assert readme.README.read_text() == readme.current(), "run: python3 tests/helm/readme.py"
+    assert readme.README.read_text() == readme.current(), "run: .tools/chart/bin/python tests/helm/readme.py"
 
 
 def test_the_schema_knows_exactly_the_values_that_there_are():

@@ -69,7 +69,8 @@ volumes:
   {{- with .Values.extraVolumes }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 
-{{/* What all containers have in common. Jobs get the replicas' settings too: a wrong one fails there, before a replica is touched. */}}
+{{/* What all containers have in common. Jobs get the replicas' settings too: a wrong one fails there, before a replica is touched.
+     The environment comes last: the doctor adds to it. */}}
 {{- define "drawbridge.container" -}}
 image: {{ .Values.image.repository }}{{ with .Values.image.digest }}@{{ . }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -78,6 +79,16 @@ securityContext:
   readOnlyRootFilesystem: true
   capabilities:
     drop: [ALL]
+volumeMounts:
+  - name: master-keys
+    mountPath: /etc/drawbridge/master-keys
+    readOnly: true
+  {{- if .Values.ca.existingConfigMap }}
+  - name: ca
+    mountPath: /etc/drawbridge/ca
+    readOnly: true
+  {{- end }}
+  {{- with .Values.extraVolumeMounts }}{{ toYaml . | nindent 2 }}{{ end }}
 env:
   {{- $any := ternary "[::]" "0.0.0.0" (eq .Values.ipFamily "IPv6") }}
   - name: POD_IP
@@ -142,16 +153,6 @@ env:
     value: {{ . | quote }}
   {{- end }}
   {{- with .Values.extraEnv }}{{ toYaml . | nindent 2 }}{{ end }}
-volumeMounts:
-  - name: master-keys
-    mountPath: /etc/drawbridge/master-keys
-    readOnly: true
-  {{- if .Values.ca.existingConfigMap }}
-  - name: ca
-    mountPath: /etc/drawbridge/ca
-    readOnly: true
-  {{- end }}
-  {{- with .Values.extraVolumeMounts }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 
 {{/* Where all pods may go. */}}
