@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check deploy bench load soak chaos drills page deny sbom image try-compose
+.PHONY: run demo test check chart deploy bench load soak chaos drills page deny sbom image try-compose
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -16,7 +16,7 @@ demo:
 	@target/release/loadtest demo --drawbridge target/release/drawbridge
 
 ## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer, Redis and the Codex CLI
-test: check
+test: check chart
 	@scripts/install-tools postgres pgbouncer redis codex
 	$(CARGO) test --workspace --quiet
 	@$(MAKE) --no-print-directory deploy
@@ -32,6 +32,11 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --quiet --document-private-items
+
+## chart: renders the Helm chart in every shape and holds it against what Kubernetes takes
+chart:
+	@scripts/install-tools helm
+	@.tools/helm/bin/python -B -m pytest tests/helm
 
 ## bench: nginx and Drawbridge side by side; writes loadtest/results
 bench:
