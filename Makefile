@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check bench chaos
+.PHONY: run demo test check rules bench chaos
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -16,7 +16,7 @@ demo:
 	@target/release/loadtest demo --drawbridge target/release/drawbridge
 
 ## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer, Redis and the Codex CLI
-test: check
+test: check rules
 	@scripts/install-tools postgres pgbouncer redis codex
 	$(CARGO) test --workspace --quiet
 
@@ -25,6 +25,12 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --quiet --document-private-items
+
+## rules: the Prometheus rules, and that every alert fires when it should
+rules:
+	@scripts/install-tools promtool
+	promtool check rules deploy/prometheus/rules.yaml
+	promtool test rules deploy/prometheus/rules.test.yaml
 
 ## bench: nginx and Drawbridge side by side; writes loadtest/results
 bench:

@@ -27,6 +27,7 @@ mod limits;
 mod login_flows;
 mod logins;
 mod merges;
+mod metrics;
 mod model;
 mod process;
 mod quota;
