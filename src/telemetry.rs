@@ -191,7 +191,7 @@ pub fn task_ended(name: &'static str, panicked: bool) {
 /// A job is there. What it last did well counts as done now, so that one that never succeeds is noticed. `now` in epoch seconds.
 pub fn job_started(name: &'static str, now: i64) {
     for result in ["ok", "failed"] {
-        counter!("drawbridge_job_runs_total", "job" => name, "result" => result).increment(0);
+        counter!("drawbridge_job_runs_total", "name" => name, "result" => result).increment(0);
     }
     job_succeeded(name, now);
 }
@@ -199,8 +199,8 @@ pub fn job_started(name: &'static str, now: i64) {
 /// A run of a job ended.
 pub fn job_ran(name: &'static str, succeeded: bool, took: Duration, now: i64) {
     let result = if succeeded { "ok" } else { "failed" };
-    counter!("drawbridge_job_runs_total", "job" => name, "result" => result).increment(1);
-    histogram!("drawbridge_job_seconds", "job" => name).record(took);
+    counter!("drawbridge_job_runs_total", "name" => name, "result" => result).increment(1);
+    histogram!("drawbridge_job_seconds", "name" => name).record(took);
     if succeeded {
         job_succeeded(name, now);
     }
@@ -208,7 +208,7 @@ pub fn job_ran(name: &'static str, succeeded: bool, took: Duration, now: i64) {
 
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
 fn job_succeeded(name: &'static str, now: i64) {
-    gauge!("drawbridge_job_last_success_timestamp_seconds", "job" => name).set(now as f64);
+    gauge!("drawbridge_job_last_success_timestamp_seconds", "name" => name).set(now as f64);
 }
 
 /// A statement is sent to the database.

@@ -251,9 +251,9 @@ families! {
     Written("gauge"), "drawbridge_build_info", [], "Always 1; the version is a label.";
     Gauge, "drawbridge_tasks", [task = &[]], "Tasks that run.";
     Counter, "drawbridge_task_panics_total", [task = &[]], "Tasks that panicked.";
-    Counter, "drawbridge_job_runs_total", [job = &[], result = &[]], "Runs of periodic jobs.";
-    Histogram(JOB), "drawbridge_job_seconds", [job = &[]], "How long they took.";
-    Gauge, "drawbridge_job_last_success_timestamp_seconds", [job = &[]], "When a job last succeeded, or began to be tried.";
+    Counter, "drawbridge_job_runs_total", [name = &[], result = &[]], "Runs of periodic jobs.";
+    Histogram(JOB), "drawbridge_job_seconds", [name = &[]], "How long they took.";
+    Gauge, "drawbridge_job_last_success_timestamp_seconds", [name = &[]], "When a job last succeeded, or began to be tried.";
     Written("counter"), "process_cpu_seconds_total", [], "Processor time of user and system.";
     Written("gauge"), "process_resident_memory_bytes", [], "Resident memory.";
     Written("gauge"), "process_threads", [], "Threads.";

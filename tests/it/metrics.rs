@@ -199,7 +199,7 @@ async fn the_numbers_are_those_of_the_ledger_and_no_label_is_a_clients_invention
     let started = pages[0].sum("process_start_time_seconds", &[]);
     let swept = pages[0].sum(
         "drawbridge_job_last_success_timestamp_seconds",
-        &[("job", "sweep")],
+        &[("name", "sweep")],
     );
     assert!(
         swept - started < 3600.0 && started > 1.7e9,
@@ -363,7 +363,7 @@ async fn each_turn_leaves_one_line_with_what_is_documented_and_nothing_else() {
     let documented = include_str!("../../deploy/logs.md");
     for (line, turn) in lines.iter().zip(&turns) {
         let (_, fields) = line
-            .split_once(": turn ")
+            .split_once(" INFO turn ")
             .unwrap_or_else(|| panic!("{line}"));
         let fields: BTreeMap<&str, &str> = fields
             .split_whitespace()
