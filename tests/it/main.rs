@@ -14,6 +14,7 @@ mod chaos;
 mod cluster;
 mod codex;
 mod credentials;
+mod dashboards;
 mod documents;
 mod embedded;
 mod fleet;
