@@ -188,7 +188,8 @@ impl Ask {
 
     /// The trace that the client's request is part of.
     fn trace_id(&self) -> Option<&str> {
-        trace::id(&self.headers)
+        let of_message = self.request.facts.client.trace_id.as_deref();
+        of_message.or_else(|| trace::id(&self.headers))
     }
 
     fn record(&self) -> ledger::Request {

@@ -13,9 +13,12 @@ const STATE: &str = "tracestate";
 pub fn id(headers: &HeaderMap) -> Option<&str> {
     let mut given = headers.get_all(PARENT).iter();
     let parent = given.next()?.to_str().ok()?;
-    if given.next().is_some() {
-        return None;
-    }
+    given.next().is_none().then(|| of(parent))?
+}
+
+/// The trace id of a `traceparent`, if that is valid.
+#[must_use]
+pub fn of(parent: &str) -> Option<&str> {
     let mut parts = parent.split('-');
     let mut part = |digits| parts.next().filter(|text| is_hex(text, digits));
     let (version, trace, span, _flags) = (part(2)?, part(32)?, part(16)?, part(2)?);

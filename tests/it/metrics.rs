@@ -312,6 +312,11 @@ async fn a_trace_goes_with_its_turn_to_the_log_to_the_owner_and_upstream() {
         .header("tracestate", "vendor=1")
         .header("baggage", "user=alice");
     events(direct.json(&codex_body("hi")).send().await.unwrap()).await;
+    // A message of a socket says itself which trace it is part of.
+    let mut socket = cluster.service(0).socket(&cluster.key).await;
+    let mut frame = create("turn", "hi", None);
+    frame["client_metadata"]["ws_request_header_traceparent"] = parent.clone().into();
+    socket.turn(frame).await;
     let broken = cluster
         .post_at(0, "/backend-api/codex/responses")
         .header("traceparent", "00-xyzzy")
@@ -319,7 +324,7 @@ async fn a_trace_goes_with_its_turn_to_the_log_to_the_owner_and_upstream() {
     events(broken.json(&codex_body("hi")).send().await.unwrap()).await;
 
     let attempts = cluster.home.upstream.attempts();
-    let [.., direct, broken] = &attempts[..] else {
+    let [.., direct, _, broken] = &attempts[..] else {
         panic!("{} attempts", attempts.len())
     };
     assert_eq!(direct.headers["traceparent"], parent);
@@ -336,11 +341,16 @@ async fn a_trace_goes_with_its_turn_to_the_log_to_the_owner_and_upstream() {
     // The owner says whose trace it was, and that a peer sent it.
     let log = cluster.service(0).log();
     let of_trace: Vec<&str> = log.lines().filter(|line| line.contains(TRACE)).collect();
-    assert_eq!(of_trace.len(), 2, "{log}");
+    assert_eq!(of_trace.len(), 3, "{log}");
     assert!(of_trace[0].contains("forwarded=true"), "{}", of_trace[0]);
     assert!(of_trace[1].contains("forwarded=false"), "{}", of_trace[1]);
+    assert!(
+        of_trace[2].contains("transport=\"websocket\""),
+        "{}",
+        of_trace[2]
+    );
     let traced = log.lines().filter(|line| line.contains("trace_id="));
-    assert_eq!(traced.count(), 2, "{log}");
+    assert_eq!(traced.count(), 3, "{log}");
 }
 
 #[tokio::test]
