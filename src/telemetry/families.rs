@@ -231,6 +231,7 @@ families! {
     Histogram(NEAR), "drawbridge_heartbeat_lag_seconds", [], "From when a heartbeat was due until Postgres had answered.";
     Counter, "drawbridge_heartbeats_missed_total", [], "Heartbeats that Postgres did not answer in time.";
     Counter, "drawbridge_replica_buried_total", [], "How often peers declared this replica dead.";
+    Counter, "drawbridge_database_moves_total", [], "How often another database was found in the place of the one that had registered this replica.";
     Written("gauge"), "drawbridge_peers_alive", [], "Other replicas that are alive, as the last heartbeat saw them.";
     Histogram(NEAR), "drawbridge_bus_lag_seconds", [], "From a change by any process until this one heard of it.";
     Written("gauge"), "drawbridge_bus_read_age_seconds", [], "Since the versions of the bus were last read.";
