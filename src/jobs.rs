@@ -12,7 +12,6 @@ use crate::{
     snapshot::Snapshots,
     task::Tasks,
     telemetry,
-    turn::Engine,
     upstream::Upstream,
 };
 
@@ -50,8 +49,6 @@ pub struct Parts {
     pub quota: Quota,
     /// Usage and model catalogues.
     pub upstream: Upstream,
-    /// Sessions.
-    pub engine: Engine,
 }
 
 /// What the operator decides about them.

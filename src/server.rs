@@ -199,7 +199,6 @@ impl Server {
             snapshots,
             quota: quota.clone(),
             upstream: upstream.clone(),
-            engine: engine.clone(),
         };
         let periods = jobs::Periods {
             retention_days: config.retention_days,
