@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: run demo test check chart deploy bench load soak chaos drills page deny sbom image try-compose
+.PHONY: run demo test check rules chart deploy bench load soak chaos drills page deny sbom image try-compose
 
 ## run: the service on embedded Postgres; prints what to do next
 run:
@@ -16,8 +16,8 @@ demo:
 	@target/release/loadtest demo --drawbridge target/release/drawbridge
 
 ## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer, Redis and the Codex CLI
-test: check chart
-	@scripts/install-tools postgres pgbouncer redis codex
+test: check rules chart
+	@scripts/install-tools postgres pgbouncer redis codex promtool
 	$(CARGO) test --workspace --quiet
 	@$(MAKE) --no-print-directory deploy
 
@@ -37,6 +37,12 @@ check:
 chart:
 	@scripts/install-tools helm
 	@.tools/helm/bin/python -B -m pytest tests/helm
+
+## rules: the Prometheus rules, and that every alert fires when it should
+rules:
+	@scripts/install-tools promtool
+	promtool check rules deploy/prometheus/rules.yaml
+	promtool test rules deploy/prometheus/rules.test.yaml
 
 ## bench: nginx and Drawbridge side by side; writes loadtest/results
 bench:

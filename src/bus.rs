@@ -9,7 +9,7 @@ mod store;
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -28,6 +28,7 @@ pub use self::{
 use crate::{
     db::{Db, Error},
     task::Tasks,
+    telemetry,
 };
 
 /// What can change.
@@ -80,7 +81,20 @@ pub struct Bus {
     versions: watch::Sender<[i64; Topic::ALL.len()]>,
     /// Redis is connected.
     hurried: Arc<AtomicBool>,
+    /// Notifications of Postgres arrive.
+    listening: Arc<AtomicBool>,
+    /// When all versions were last read.
+    read: Arc<Mutex<Instant>>,
     db: Db,
+}
+
+/// What makes a bus read before its poll is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hurry {
+    /// Notifications of Postgres.
+    pub listen: bool,
+    /// Messages through Redis.
+    pub redis: bool,
 }
 
 /// Hears when one topic has a version newer than the last one taken.
@@ -115,6 +129,8 @@ impl Bus {
         let bus = Self {
             versions: watch::Sender::new([0; Topic::ALL.len()]),
             hurried: Arc::default(),
+            listening: Arc::default(),
+            read: Arc::new(Mutex::new(Instant::now())),
             db: db.clone(),
         };
         bus.refresh().await?;
@@ -139,16 +155,41 @@ impl Bus {
         self.versions.borrow()[topic as usize]
     }
 
+    /// What hurries it now.
+    #[must_use]
+    pub fn hurry_now(&self) -> Hurry {
+        Hurry {
+            listen: self.listening.load(Ordering::Relaxed),
+            redis: self.hurried.load(Ordering::Relaxed),
+        }
+    }
+
+    /// How long ago all versions were last read.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.read().elapsed()
+    }
+
+    fn read(&self) -> MutexGuard<'_, Instant> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads all versions now.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn refresh(&self) -> Result<(), Error> {
         let read = store::read(&self.db).await?;
+        *self.read() = Instant::now();
         self.versions.send_if_modified(|versions| {
             let before = *versions;
-            for (topic, version) in read {
-                versions[topic as usize] = versions[topic as usize].max(version);
+            for (topic, version, age) in read {
+                let known = &mut versions[topic as usize];
+                // The first version is read, not heard of.
+                if (1..version).contains(known) {
+                    telemetry::bus_lag(age);
+                }
+                *known = version.max(*known);
             }
             before != *versions
         });
@@ -214,9 +255,11 @@ impl Bus {
             Ok(Err(error)) => return Err(error),
             Err(_) => return Ok(Listened::Unheard),
         }
+        self.listening.store(true, Ordering::Relaxed);
         loop {
             self.poll().await;
             if let Ok(None) = timeout(POLL, driver.next()).await {
+                self.listening.store(false, Ordering::Relaxed);
                 return Ok(Listened::Lost);
             }
         }

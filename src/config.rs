@@ -53,6 +53,8 @@ pub struct Config {
     pub retention_days: u16,
     /// Logs.
     pub log: Log,
+    /// Whether metrics show each account's quota.
+    pub metrics_accounts: bool,
     /// What is kept of finished responses.
     pub snapshots: Snapshots,
     /// Whether no client sees anything of the pool's quota, whatever its key's grants say.
@@ -418,6 +420,13 @@ impl Settings {
                     },
                 ),
             },
+            metrics_accounts: faults.parse(
+                "DRAWBRIDGE_METRICS_ACCOUNTS",
+                self.metrics_accounts,
+                "false",
+                "true or false",
+                |text| text.parse().ok(),
+            ),
             snapshots: faults.parse(
                 "DRAWBRIDGE_SNAPSHOTS",
                 self.snapshots,

@@ -16,7 +16,7 @@ mod stmt;
 mod tls;
 mod tx;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tokio::sync::watch;
@@ -92,7 +92,10 @@ impl Db {
     /// # Errors
     /// If none is free within 2 s, or Postgres cannot be reached within 5 s.
     pub async fn connection(&self) -> Result<Connection, Error> {
-        self.main.get().await.map(Connection).map_err(Error::pool)
+        let asked = Instant::now();
+        let got = self.main.get().await;
+        crate::telemetry::pool_waited(asked.elapsed());
+        got.map(Connection).map_err(Error::pool)
     }
 
     /// A connection of its own on the direct URL, with its driver, for `LISTEN`.
@@ -172,6 +175,22 @@ impl Db {
         result
     }
 
+    /// How busy each pool is, by its name.
+    #[must_use]
+    pub fn load(&self) -> [(&'static str, Load); 2] {
+        [("main", &self.main), ("vital", &self.vital)].map(|(name, pool)| {
+            let status = pool.status();
+            let idle = status.available.min(status.size);
+            let load = Load {
+                in_use: status.size - idle,
+                idle,
+                waiting: status.waiting,
+                limit: status.max_size,
+            };
+            (name, load)
+        })
+    }
+
     /// Closes the pools; running statements end first.
     pub fn close(&self) {
         self.main.close();
@@ -185,6 +204,19 @@ impl std::fmt::Debug for Db {
             .field("direct", &self.direct)
             .finish_non_exhaustive()
     }
+}
+
+/// Connections of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Lent.
+    pub in_use: usize,
+    /// Open, for the next who asks.
+    pub idle: usize,
+    /// Those who wait for one.
+    pub waiting: usize,
+    /// At most.
+    pub limit: usize,
 }
 
 /// A connection that is cut unless it is given back.

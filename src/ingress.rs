@@ -15,12 +15,12 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, Request},
+    extract::{DefaultBodyLimit, MatchedPath, Request},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use http::{HeaderValue, Uri};
+use http::{HeaderValue, Method, Uri};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -32,7 +32,9 @@ use crate::{
     db::Clock,
     error::{ApiError, Code},
     ledger::Ledger,
+    protocol::trace,
     task::Tasks,
+    telemetry::{self, InFlight},
     turn::{Budget, Engine},
     upstream::Upstream,
 };
@@ -130,11 +132,28 @@ pub fn router(state: Arc<State>) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn(identify))
+        .layer(middleware::from_fn(count))
         .layer(DefaultBodyLimit::disable())
         .with_state(state)
 }
 
-/// Gives every answer an `x-request-id`: the caller's, or a new one.
+/// Counts every answer, by the template of its route.
+async fn count(request: Request, next: Next) -> Response {
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        _ => "other",
+    };
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let in_flight = InFlight::start("http");
+    let response = next.run(request).await;
+    drop(in_flight);
+    let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
+    telemetry::answered(route, method, response.status().as_u16());
+    response
+}
+
+/// Gives every answer an `x-request-id`: the caller's, or a new one. A trace is part of the request only if it is one.
 async fn identify(mut request: Request, next: Next) -> Response {
     let own = || HeaderValue::from_str(&Uuid::now_v7().to_string()).expect("a UUID is ASCII");
     let given = request
@@ -144,6 +163,7 @@ async fn identify(mut request: Request, next: Next) -> Response {
         .cloned();
     let id = given.unwrap_or_else(own);
     request.headers_mut().insert("x-request-id", id.clone());
+    trace::clean(request.headers_mut());
     let mut response = next.run(request).await;
     response.headers_mut().entry("x-request-id").or_insert(id);
     response

@@ -1,10 +1,10 @@
 //! Periodic work. Each job may run on several replicas at once: what must not is guarded in its own statement.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{
     account::{Accounts, sticky::Sticky},
-    db::Db,
+    db::{Db, Error},
     lease::Leases,
     ledger::Ledger,
     quota::Quota,
@@ -12,7 +12,6 @@ use crate::{
     snapshot::Snapshots,
     task::Tasks,
     telemetry,
-    turn::Engine,
     upstream::Upstream,
 };
 
@@ -26,8 +25,8 @@ const PURGE: Duration = Duration::from_secs(600);
 const MENDED: Duration = Duration::from_secs(24 * 3600);
 /// How long dead replicas are remembered.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
-/// How often what is counted now is told to the metrics.
-const GAUGES: Duration = Duration::from_secs(5);
+/// How often what histograms collect is folded.
+const UPKEEP: Duration = Duration::from_secs(5);
 /// How often logins that are due are refreshed, whether or not anybody uses them.
 const LOGINS: Duration = Duration::from_secs(60);
 
@@ -50,8 +49,6 @@ pub struct Parts {
     pub quota: Quota,
     /// Usage and model catalogues.
     pub upstream: Upstream,
-    /// Sessions.
-    pub engine: Engine,
 }
 
 /// What the operator decides about them.
@@ -65,49 +62,27 @@ pub struct Periods {
 /// Starts every job.
 pub fn start(tasks: &Tasks, parts: &Parts, periods: &Periods) {
     let retention_days = periods.retention_days;
-    let ledger = parts.ledger.clone();
-    tasks.periodic("sweep", SWEEP, move || {
-        let ledger = ledger.clone();
-        async move {
-            match ledger.sweep().await {
-                Ok(0) => {}
-                Ok(turns) => {
-                    tracing::warn!(turns, "turns that nobody finished were booked as lost")
-                }
-                Err(error) => tracing::warn!(%error, "cannot look for lost turns"),
-            }
+    parts.job(tasks, "sweep", SWEEP, |parts| async move {
+        let swept = parts.ledger.sweep().await;
+        if let Ok(turns @ 1..) = swept {
+            tracing::warn!(turns, "turns that nobody finished were booked as lost");
         }
+        done("look for lost turns", swept)
     });
-    let ledger = parts.ledger.clone();
-    tasks.periodic("history", HISTORY, move || {
-        let ledger = ledger.clone();
-        async move {
-            if let Err(error) = ledger.move_history().await {
-                tracing::warn!(%error, "cannot move the history of accounts that were merged");
-            }
-        }
+    parts.job(tasks, "history", HISTORY, |parts| async move {
+        let moved = parts.ledger.move_history().await;
+        done("move the history of accounts that were merged", moved)
     });
-    let purged = parts.clone();
-    tasks.periodic("purge", PURGE, move || {
-        let parts = purged.clone();
-        async move { parts.purge(retention_days).await }
+    parts.job(tasks, "logins", LOGINS, |parts| async move {
+        let kept = parts.upstream.credentials().keep_fresh().await;
+        done("look for logins that are due", kept)
     });
-    let engine = parts.engine.clone();
-    tasks.periodic("sessions", GAUGES, move || {
-        let (sessions, busy) = engine.sessions();
-        telemetry::set("drawbridge_sessions", sessions as u64);
-        telemetry::set("drawbridge_sessions_busy", busy as u64);
+    parts.job(tasks, "purge", PURGE, move |parts| async move {
+        parts.purge(retention_days).await
+    });
+    tasks.periodic("upkeep", UPKEEP, || {
         telemetry::upkeep();
         std::future::ready(())
-    });
-    let credentials = parts.upstream.credentials().clone();
-    tasks.periodic("logins", LOGINS, move || {
-        let credentials = credentials.clone();
-        async move {
-            if let Err(error) = credentials.keep_fresh().await {
-                tracing::warn!(%error, "cannot look for logins that are due");
-            }
-        }
     });
     let (upstream, stop) = (parts.upstream.clone(), tasks.stopping());
     drop(tasks.spawn("models", async move {
@@ -122,31 +97,60 @@ pub fn start(tasks: &Tasks, parts: &Parts, periods: &Periods) {
 }
 
 impl Parts {
-    /// Deletes what is old, each kind by its own rule.
-    async fn purge(&self, retention_days: u16) {
-        if let Err(error) = self.ledger.mend(MENDED).await {
-            tracing::warn!(%error, "cannot complete the request log");
-        }
-        if let Err(error) = self.ledger.delete_older_than(retention_days).await {
-            tracing::warn!(%error, "cannot delete old rows of the request log");
-        }
-        if let Err(error) = self.quota.purge(retention_days).await {
-            tracing::warn!(%error, "cannot delete old usage");
-        }
-        if let Err(error) = self.accounts.purge_flows().await {
-            tracing::warn!(%error, "cannot forget logins that are over");
-        }
-        if let Err(error) = self.sticky.purge_expired().await {
-            tracing::warn!(%error, "cannot delete old sticky sessions");
-        }
-        if let Err(error) = self.snapshots.purge().await {
-            tracing::warn!(%error, "cannot delete old snapshots");
-        }
-        if let Err(error) = self.leases.purge().await {
-            tracing::warn!(%error, "cannot delete old leases");
-        }
-        if let Err(error) = replica::prune(&self.db, REMEMBERED).await {
-            tracing::warn!(%error, "cannot forget replicas that died long ago");
-        }
+    /// Runs a job every `period` and tells the metrics whether it was done.
+    fn job<F>(
+        &self,
+        tasks: &Tasks,
+        name: &'static str,
+        period: Duration,
+        work: impl Fn(Self) -> F + Send + 'static,
+    ) where
+        F: Future<Output = bool> + Send + 'static,
+    {
+        let parts = self.clone();
+        telemetry::job_started(name, parts.now());
+        tasks.periodic(name, period, move || {
+            let (run, parts) = (work(parts.clone()), parts.clone());
+            async move {
+                let began = Instant::now();
+                telemetry::job_ran(name, run.await, began.elapsed(), parts.now());
+            }
+        });
     }
+
+    fn now(&self) -> i64 {
+        self.db.clock().now().as_second()
+    }
+
+    /// Deletes what is old, each kind by its own rule.
+    async fn purge(&self, retention_days: u16) -> bool {
+        let log = self.ledger.delete_older_than(retention_days);
+        let dead = replica::prune(&self.db, REMEMBERED);
+        [
+            done("complete the request log", self.ledger.mend(MENDED).await),
+            done("delete old rows of the request log", log.await),
+            done("delete old usage", self.quota.purge(retention_days).await),
+            done(
+                "forget logins that are over",
+                self.accounts.purge_flows().await,
+            ),
+            done(
+                "delete old sticky sessions",
+                self.sticky.purge_expired().await,
+            ),
+            done("delete old snapshots", self.snapshots.purge().await),
+            done("delete old leases", self.leases.purge().await),
+            done("forget replicas that died long ago", dead.await),
+        ]
+        .into_iter()
+        .all(|done| done)
+    }
+}
+
+/// Whether that was done; if not, the log tells why.
+fn done<T>(what: &str, result: Result<T, Error>) -> bool {
+    if let Err(error) = &result {
+        tracing::warn!(%error, "cannot {what}");
+    }
+    result.is_ok()
 }

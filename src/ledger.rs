@@ -70,6 +70,7 @@ impl Ledger {
     /// The ledger as this process writes it, in the name of its present incarnation. The request log is written by a task until [`Ledger::flush`].
     #[must_use]
     pub fn new(db: Db, boot: watch::Receiver<BootId>, tasks: &Tasks) -> Self {
+        telemetry::models(price::models());
         let log = RequestLog::new(&db);
         let writer = log.clone();
         tasks.essential("request_log", async move { writer.run().await });
@@ -147,7 +148,9 @@ impl Ledger {
         }
         self.away.answered();
         // Also when it was booked before: the log ignores what it has.
-        self.log.push(Entry::of_turn(&opened, &settlement.answer));
+        let entry = Entry::of_turn(&opened, &settlement.answer);
+        entry.count(&opened.request().model);
+        self.log.push(entry);
         Ok(booked)
     }
 
@@ -194,6 +197,18 @@ impl Ledger {
     /// Logs a request that was answered without a turn.
     pub fn refuse(&self, request: &Request, answer: &Answer) {
         self.log.push(Entry::of_request(request, answer));
+    }
+
+    /// Turns that run and are recorded only when they are settled.
+    #[must_use]
+    pub fn unbooked(&self) -> usize {
+        self.away.waiting()
+    }
+
+    /// Entries of the request log that are not written yet.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.log.waiting()
     }
 
     /// Writes what is queued, and ends the writer. Called when the last turn has ended.

@@ -15,4 +15,5 @@ mod lenient;
 pub mod limits;
 pub mod request;
 pub mod sse;
+pub mod trace;
 pub mod usage;

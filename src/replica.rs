@@ -355,8 +355,6 @@ impl Replica {
             }
         }
         let peers = store::peers(connection, self.boot()).await?;
-        let alive = peers.iter().filter(|peer| peer.alive).count();
-        telemetry::set("drawbridge_peers_alive", alive as u64);
         self.peers.send_replace(peers.into());
         Ok(())
     }

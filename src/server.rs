@@ -5,6 +5,7 @@
 //! cancelled with a terminal event, booked, and the process leaves. A second signal goes to the last step at once.
 
 mod connection;
+mod gauges;
 mod health;
 mod operator;
 mod stall;
@@ -187,7 +188,7 @@ impl Server {
             let redis = Redis::new(&url.0).context("DRAWBRIDGE_REDIS_URL")?;
             tasks.essential("redis", bus.clone().over_redis(redis, tasks.clone()));
         }
-        tasks.essential("bus", bus.run(tasks.clone()));
+        tasks.essential("bus", bus.clone().run(tasks.clone()));
         tasks.essential("heartbeat", replica.clone().beat(tasks.clone()));
         let parts = jobs::Parts {
             db: db.clone(),
@@ -198,7 +199,6 @@ impl Server {
             snapshots,
             quota: quota.clone(),
             upstream: upstream.clone(),
-            engine: engine.clone(),
         };
         let periods = jobs::Periods {
             retention_days: config.retention_days,
@@ -220,12 +220,25 @@ impl Server {
             tasks: tasks.clone(),
             closing: phase.closing.clone(),
         });
-        let router = ingress::router(state).merge(health::router(phase.clone(), db.clone()));
+        let router =
+            ingress::router(Arc::clone(&state)).merge(health::router(phase.clone(), db.clone()));
         tasks.essential(
             "clients",
             connection::accept(client, router, phase.clone(), tasks.clone()),
         );
-        let mut router = health::admin_router(phase.clone(), db.clone());
+        let gauges = gauges::Gauges {
+            phase: phase.clone(),
+            db: db.clone(),
+            bus,
+            redis: config.redis.is_some(),
+            replica: replica.clone(),
+            engine: engine.clone(),
+            upstream: state.upstream.clone(),
+            ledger: ledger.clone(),
+            bytes: state.bytes.clone(),
+            accounts: config.metrics_accounts,
+        };
+        let mut router = health::admin_router(gauges);
         if let Some(token) = &config.operator_token {
             let logins = Logins::new(&config.upstream, &accounts, &tasks)?;
             router = router.merge(operator::router(&token.0, logins));

@@ -9,6 +9,7 @@ mod budget;
 mod carrier;
 mod event;
 mod hop;
+mod log;
 mod refuse;
 mod registry;
 pub mod relay;
@@ -35,6 +36,7 @@ pub use self::{
     budget::{Budget, Held},
     event::Event,
     hop::{Peers, Receiving},
+    registry::Sessions,
     resolve::Reject,
 };
 use self::{registry::Registry, relay::Receiver};
@@ -48,6 +50,7 @@ use crate::{
         failure::Failure,
         limits::QuotaVisibility,
         request::{Invalid, Request},
+        trace,
     },
     quota::Quota,
     replica::Replica,
@@ -181,6 +184,12 @@ impl Ask {
         };
         let client = &self.request.facts.client;
         client.turn_id.is_some() || client.window_id.is_some() || beta()
+    }
+
+    /// The trace that the client's request is part of.
+    fn trace_id(&self) -> Option<&str> {
+        let of_message = self.request.facts.client.trace_id.as_deref();
+        of_message.or_else(|| trace::id(&self.headers))
     }
 
     fn record(&self) -> ledger::Request {
@@ -382,9 +391,9 @@ impl Engine {
         self.0.sessions.retire_all();
     }
 
-    /// Sessions, and those of them that are busy.
+    /// Sessions now.
     #[must_use]
-    pub fn sessions(&self) -> (usize, usize) {
+    pub fn sessions(&self) -> Sessions {
         self.0.sessions.count()
     }
 

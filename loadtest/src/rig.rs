@@ -270,7 +270,7 @@ impl Drawbridge {
         Ok(counts.collect())
     }
 
-    /// Conversations that it keeps, as it told the metrics within the last five seconds.
+    /// Conversations that it keeps, as it tells the metrics.
     ///
     /// # Errors
     /// If it does not answer.

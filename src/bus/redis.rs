@@ -24,7 +24,6 @@ use super::{Bus, Topic};
 use crate::{
     db::{Db, Error},
     task::Tasks,
-    telemetry,
 };
 
 /// Where the messages are. Each is a topic and its version.
@@ -155,7 +154,6 @@ impl Bus {
 
     fn hurry(&self, connected: bool) {
         self.hurried.store(connected, Ordering::Relaxed);
-        telemetry::set("drawbridge_redis_connected", u64::from(connected));
     }
 }
 

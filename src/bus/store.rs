@@ -1,5 +1,7 @@
 //! Statements of the bus.
 
+use std::time::Duration;
+
 use tokio_postgres::Client;
 
 use super::Topic;
@@ -10,7 +12,7 @@ use crate::{
 
 statements! { "bus";
     /// A plain read; versions only grow, so an old snapshot is merely late.
-    READ: [] = "select topic, version from bus_versions";
+    READ: [] = "select topic, version, extract(epoch from clock_timestamp() - changed_at)::float8 from bus_versions";
 
     /// One row lock per topic, the last of its transaction; topics in alphabetical order, so that two writers cannot deadlock. The
     /// notification is sent at commit.
@@ -24,13 +26,15 @@ statements! { "bus";
     PROBE: [] = "select pg_notify('drawbridge', '')";
 }
 
-pub(super) async fn read(db: &Db) -> Result<Vec<(Topic, i64)>, Error> {
+/// Each topic's version, and how long ago it was made.
+pub(super) async fn read(db: &Db) -> Result<Vec<(Topic, i64, Duration)>, Error> {
     let mut versions = Vec::new();
     for row in db.all(&READ, &[]).await? {
         let name: &str = row.try_get(0)?;
         // A newer release may have topics that this one does not know.
         if let Some(topic) = Topic::ALL.into_iter().find(|topic| topic.name() == name) {
-            versions.push((topic, row.try_get(1)?));
+            let age = Duration::try_from_secs_f64(row.try_get(2)?).unwrap_or_default();
+            versions.push((topic, row.try_get(1)?, age));
         }
     }
     Ok(versions)

@@ -199,6 +199,14 @@ pub struct Settings {
         value_name = "WORD"
     )]
     pub(super) log_format: Option<String>,
+    /// Whether metrics show each account's quota, by the end of its id [default: false]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_METRICS_ACCOUNTS",
+        value_name = "BOOL"
+    )]
+    pub(super) metrics_accounts: Option<String>,
     /// What is kept of finished responses: auto, full or off [default: auto]
     #[arg(long, global = true, env = "DRAWBRIDGE_SNAPSHOTS", value_name = "MODE")]
     pub(super) snapshots: Option<String>,
@@ -250,7 +258,7 @@ impl fmt::Debug for SecretText {
 }
 
 /// Every name that [`Settings`] reads from the environment.
-pub(super) const NAMES: [&str; 33] = [
+pub(super) const NAMES: [&str; 34] = [
     "DRAWBRIDGE_LISTEN",
     "DRAWBRIDGE_INTERNAL_LISTEN",
     "DRAWBRIDGE_INTERNAL_URL",
@@ -278,6 +286,7 @@ pub(super) const NAMES: [&str; 33] = [
     "DRAWBRIDGE_RETENTION_DAYS",
     "DRAWBRIDGE_LOG",
     "DRAWBRIDGE_LOG_FORMAT",
+    "DRAWBRIDGE_METRICS_ACCOUNTS",
     "DRAWBRIDGE_SNAPSHOTS",
     "DRAWBRIDGE_HIDE_QUOTA",
     "DRAWBRIDGE_MAX_SESSIONS",

@@ -77,14 +77,16 @@ impl Error {
     }
 
     pub(super) fn pool(error: PoolError) -> Self {
-        match error {
+        let error = match error {
             PoolError::Backend(error) => Self::postgres("connecting", error),
             other => Self {
                 class: Class::Unavailable,
                 what: "connection pool",
                 detail: other.to_string(),
             },
-        }
+        };
+        crate::telemetry::statement_failed("pool", error.class.label());
+        error
     }
 
     pub(super) fn config(detail: String) -> Self {

@@ -15,6 +15,7 @@ use tokio_util::io::StreamReader;
 
 use crate::{
     error::{ApiError, Code},
+    telemetry,
     turn::{Budget, Held},
 };
 
@@ -150,6 +151,7 @@ fn reader(
 
 pub(super) fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
     let full = || {
+        telemetry::limit_rejected("memory");
         ApiError::new(
             Code::Overloaded,
             "This replica is holding as many request bodies as it may; try again shortly.",

@@ -20,6 +20,7 @@ use crate::{
         failure::{Class, Failure},
         sse,
     },
+    telemetry::InFlight,
     turn::{End, Event, Item, Stop, relay::Receiver},
 };
 
@@ -48,6 +49,7 @@ pub(super) struct EventStream {
     gathered: bool,
     /// Without an end: to be cut once everything due is out.
     cut: bool,
+    _counted: InFlight,
 }
 
 /// How events are written.
@@ -89,6 +91,7 @@ impl EventStream {
             ended: false,
             gathered: false,
             cut: false,
+            _counted: InFlight::start("sse"),
         };
         if let Some(event) = first {
             stream.write(event);

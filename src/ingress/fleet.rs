@@ -20,6 +20,7 @@ use crate::{
     protocol::limits::{Family, QuotaVisibility, Window},
     quota,
     routing::{self, Account, Lifecycle, effective_used},
+    telemetry,
     turn::Caller,
 };
 
@@ -149,6 +150,7 @@ pub(super) async fn refresh(
         unavailable()
     })?;
     if wait.is_some() {
+        telemetry::limit_rejected("refresh");
         let seconds = REFRESH_EVERY.as_secs();
         let why = format!("An API key may refresh its accounts once in {seconds} s.");
         return Err(ApiError::new(Code::RateLimited, why).retry_after(wait));

@@ -9,6 +9,7 @@ use crate::{
     api_key::AuthError,
     config::KeyRule,
     error::{ApiError, Code},
+    telemetry,
     turn::Caller,
 };
 
@@ -79,33 +80,40 @@ pub(super) async fn authenticate(
     let Some(key) = presented(headers) else {
         return match state.gate.refusal(peer, headers, state.keys.any_created()) {
             None => Ok(Caller::anonymous()),
-            Some(why) => Err(ApiError::new(
+            Some(why) => Err(rejected(
+                "missing",
                 Code::InvalidApiKey,
-                format!(
+                &format!(
                     "No API key was sent: {why}. Send `Authorization: Bearer dbk_...`; `drawbridge keys create --name NAME` makes one."
                 ),
             )),
         };
     };
-    match state.keys.authenticate(key).await {
-        Ok(key) => Ok(Caller::of(&key)),
-        Err(AuthError::Expired) => Err(ApiError::new(
-            Code::ExpiredApiKey,
-            "This API key has expired.",
-        )),
-        Err(AuthError::Unavailable) => Err(ApiError::new(
+    let (reason, code, message) = match state.keys.authenticate(key).await {
+        Ok(key) => return Ok(Caller::of(&key)),
+        Err(AuthError::Expired) => ("expired", Code::ExpiredApiKey, "This API key has expired."),
+        Err(AuthError::Unavailable) => (
+            "unavailable",
             Code::ContinuityUnavailable,
             "API keys cannot be checked now; try again shortly.",
-        )),
-        Err(AuthError::Malformed) => Err(ApiError::new(
+        ),
+        Err(AuthError::Malformed) => (
+            "malformed",
             Code::InvalidApiKey,
             "This API key is mistyped or cut short.",
-        )),
-        Err(AuthError::Unknown | AuthError::Revoked) => Err(ApiError::new(
-            Code::InvalidApiKey,
-            "This API key is not known here, or was revoked.",
-        )),
-    }
+        ),
+        Err(AuthError::Unknown) => ("unknown", Code::InvalidApiKey, NOT_KNOWN),
+        Err(AuthError::Revoked) => ("revoked", Code::InvalidApiKey, NOT_KNOWN),
+    };
+    Err(rejected(reason, code, message))
+}
+
+/// Whether there ever was such a key is nobody's business.
+const NOT_KNOWN: &str = "This API key is not known here, or was revoked.";
+
+fn rejected(reason: &'static str, code: Code, message: &str) -> ApiError {
+    telemetry::key_rejected(reason);
+    ApiError::new(code, message)
 }
 
 /// The key a caller presents. Any other credential, such as a ChatGPT token, counts as none and is never looked at.

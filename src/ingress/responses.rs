@@ -22,7 +22,7 @@ use crate::{
         compact,
         request::{self, Facts, Request, Shape},
     },
-    quota, task,
+    quota, task, telemetry,
     turn::{Ask, Caller, End, Event, Item, Stop, Transport, relay::Receiver},
 };
 
@@ -176,6 +176,7 @@ pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
     if caller.may_use(&facts.model) {
         return Ok(());
     }
+    telemetry::limit_rejected("model");
     Err(ApiError::new(
         Code::ModelNotAllowed,
         "This API key may not use the requested model.",

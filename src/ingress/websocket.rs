@@ -29,6 +29,7 @@ use crate::{
         event::{self, Created, Kind},
         request::Shape,
     },
+    telemetry::InFlight,
     turn::{self, Ask, Caller, End, Event, Item, Reject, Stop, Token, relay::Receiver},
 };
 
@@ -82,7 +83,7 @@ async fn accept(
     }
     let pool = responses::limits(&state, &caller);
     // The socket outlives its request: it counts as a task and as a connection until its end.
-    let counted = state.tasks.token();
+    let counted = (state.tasks.token(), InFlight::start("ws"));
     let place = parts.extensions.get::<Place>().cloned();
     let mut response = upgrade
         .max_message_size(MESSAGE_BYTES)

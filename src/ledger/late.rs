@@ -5,26 +5,25 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use super::turn::Opening;
-use crate::telemetry;
 
 /// For how long turns begin unrecorded.
 const LONGEST: Duration = Duration::from_secs(60);
 /// Timers are late by less, unless the process itself was stopped.
 const LATE: Duration = Duration::from_secs(1);
 /// How many may wait to be booked.
-const MOST: u64 = 1000;
+const MOST: usize = 1000;
 
 /// Whether Postgres answers, and how many turns wait for it.
 #[derive(Debug, Default)]
 pub(super) struct Away {
     silence: Mutex<Option<Silence>>,
-    waiting: AtomicU64,
+    waiting: AtomicUsize,
 }
 
 /// Answers that were missed in a row.
@@ -66,12 +65,15 @@ impl Away {
             return None;
         }
         let more = |waiting| (waiting < MOST).then_some(waiting + 1);
-        let before = self
-            .waiting
+        self.waiting
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
             .ok()?;
-        telemetry::set("drawbridge_unbooked_turns", before + 1);
         Some(Place(Arc::clone(self)))
+    }
+
+    /// How many wait to be booked.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     fn with<T>(&self, look: impl FnOnce(&mut Option<Silence>) -> T) -> T {
@@ -85,8 +87,7 @@ pub(super) struct Place(Arc<Away>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let before = self.0.waiting.fetch_sub(1, Ordering::Relaxed);
-        telemetry::set("drawbridge_unbooked_turns", before - 1);
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -120,7 +121,7 @@ mod tests {
         let missed = || away.missed(Instant::now(), Duration::ZERO);
         missed();
         let places: Vec<_> = std::iter::from_fn(|| away.place()).collect();
-        assert_eq!(places.len() as u64, MOST);
+        assert_eq!(places.len(), MOST);
         drop(places);
         assert!(away.place().is_some());
         away.answered();

@@ -117,6 +117,18 @@ impl Entry {
         }
     }
 
+    /// Tells the metrics what was used. They take the model's whole name.
+    pub(super) fn count(&self, model: &str) {
+        let count = |tokens: i64| u64::try_from(tokens).unwrap_or(0);
+        let tokens = telemetry::Tokens {
+            input: count(self.input_tokens),
+            cached: count(self.cached_input_tokens),
+            output: count(self.output_tokens),
+            reasoning: count(self.reasoning_tokens),
+        };
+        telemetry::booked(model, tokens, self.cost_nanodollars);
+    }
+
     /// The same with what was used.
     pub(super) fn with(self, totals: &Totals) -> Self {
         let [
@@ -187,6 +199,15 @@ impl RequestLog {
         if waiting == BATCH {
             self.0.full.notify_one();
         }
+    }
+
+    /// Entries that are not written yet, but for a batch that is on its way.
+    pub(super) fn waiting(&self) -> usize {
+        self.0
+            .queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
     }
 
     /// Writes until closed.

@@ -43,6 +43,11 @@ pub fn cost(model: &str, tier: Tier, usage: &Usage) -> Option<i64> {
     TABLE.cost(model, tier, usage)
 }
 
+/// Every model that is listed by name.
+pub(super) fn models() -> impl Iterator<Item = &'static str> {
+    TABLE.models.keys().map(String::as_str)
+}
+
 static TABLE: LazyLock<Table> = LazyLock::new(|| {
     serde_json::from_str(include_str!("prices.json"))
         .expect("the table is part of the program and read by its tests")

@@ -36,6 +36,7 @@ const REQUEST: &[&str] = &[
     "accept-encoding",
     "api-key",
     "authorization",
+    "baggage",
     "cookie",
     "expect",
     "forwarded",
@@ -211,6 +212,8 @@ mod tests {
             "x-request-id",
             "accept-language",
             "idempotency-key",
+            "traceparent",
+            "tracestate",
         ] {
             let client = headers(&[(name, "v")]);
             assert_eq!(to_upstream_http(&client), client, "{name}");
@@ -254,6 +257,7 @@ mod tests {
             "sec-websocket-extensions",
             "x-codex-turn-state",
             "expect",
+            "baggage",
         ] {
             assert_eq!(
                 to_upstream_http(&headers(&[(name, "v")])),

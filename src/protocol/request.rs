@@ -21,7 +21,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 
 pub use client::Client;
-use client::TURN_STATE;
+use client::{TRACE, TURN_STATE};
 use splice::{Container, quoted};
 
 /// What the body must be read as, which depends on the route.
@@ -157,7 +157,7 @@ fn depth(mut json: &[u8]) -> usize {
 }
 
 /// The headers that a WebSocket cannot repeat per request, and what they are called in `client_metadata`.
-const CARRIED: [(&str, &str); 5] = [
+const CARRIED: [(&str, &str); 7] = [
     ("x-codex-turn-metadata", "x-codex-turn-metadata"),
     ("x-openai-subagent", "x-openai-subagent"),
     ("x-codex-parent-thread-id", "x-codex-parent-thread-id"),
@@ -166,6 +166,8 @@ const CARRIED: [(&str, &str); 5] = [
         "x-openai-internal-codex-responses-lite",
         "ws_request_header_x_openai_internal_codex_responses_lite",
     ),
+    ("traceparent", TRACE),
+    ("tracestate", "ws_request_header_tracestate"),
 ];
 
 impl Facts {

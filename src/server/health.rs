@@ -1,13 +1,15 @@
 //! Probes and metrics.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{Json, Router, extract::State, response::IntoResponse, routing::get};
 use http::{StatusCode, header};
 use serde_json::json;
 
-use super::Phase;
-use crate::{db::Db, telemetry};
+use tokio::time::timeout;
+
+use super::{Phase, gauges::Gauges};
+use crate::db::Db;
 
 /// The probes, as served beside the client routes.
 pub(super) fn router(phase: Phase, db: Db) -> Router {
@@ -18,8 +20,10 @@ pub(super) fn router(phase: Phase, db: Db) -> Router {
 }
 
 /// Probes and metrics.
-pub(super) fn admin_router(phase: Phase, db: Db) -> Router {
-    router(phase, db).route("/metrics", get(metrics))
+pub(super) fn admin_router(gauges: Gauges) -> Router {
+    let probes = router(gauges.phase.clone(), gauges.db.clone());
+    let metrics = get(metrics).with_state(Arc::new(gauges));
+    probes.route("/metrics", metrics)
 }
 
 async fn live() -> impl IntoResponse {
@@ -40,18 +44,22 @@ async fn ready(State((phase, db)): State<(Phase, Db)>) -> impl IntoResponse {
             Json(json!({ "status": "draining" })),
         );
     }
-    let asked = tokio::time::timeout(Duration::from_secs(1), db.vital().learn_time()).await;
-    let there = matches!(asked, Ok(Ok(())));
-    telemetry::set("drawbridge_database_up", u64::from(there));
+    let there = is_up(&db).await;
     (
         StatusCode::OK,
         Json(json!({ "status": if there { "ok" } else { "degraded" } })),
     )
 }
 
-async fn metrics() -> impl IntoResponse {
+/// Whether Postgres answers within a second.
+pub(super) async fn is_up(db: &Db) -> bool {
+    let asked = timeout(Duration::from_secs(1), db.vital().learn_time()).await;
+    matches!(asked, Ok(Ok(())))
+}
+
+async fn metrics(State(gauges): State<Arc<Gauges>>) -> impl IntoResponse {
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
-        telemetry::render_metrics(),
+        gauges.page().await,
     )
 }

@@ -34,6 +34,12 @@ impl Budget {
             .map(|permit| Held(Some(permit)))
     }
 
+    /// Bytes that are taken, and that may be.
+    #[must_use]
+    pub fn used(&self) -> (usize, usize) {
+        (TOTAL - self.free(), TOTAL)
+    }
+
     /// Bytes that could be taken now.
     #[must_use]
     pub fn free(&self) -> usize {

@@ -75,6 +75,17 @@ impl Handle {
     }
 }
 
+/// How many sessions there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sessions {
+    /// All of them.
+    pub open: usize,
+    /// Those in a turn.
+    pub busy: usize,
+    /// As many as there may be.
+    pub limit: usize,
+}
+
 /// The handles. Cheap to share.
 #[derive(Debug)]
 pub(super) struct Registry {
@@ -227,10 +238,14 @@ impl Registry {
         }
     }
 
-    /// Sessions, and those that are busy.
-    pub(super) fn count(&self) -> (usize, usize) {
+    /// Sessions now.
+    pub(super) fn count(&self) -> Sessions {
         let index = self.index();
         let busy = index.leases.values().filter(|handle| !handle.is_idle());
-        (index.leases.len(), busy.count())
+        Sessions {
+            open: index.leases.len(),
+            busy: busy.count(),
+            limit: self.most,
+        }
     }
 }

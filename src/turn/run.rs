@@ -18,6 +18,7 @@ use super::{
     Ask, Event, Inner, Item, Reject, Stop, Token, Transport,
     affinity::affinity,
     carrier::{self, Carrier},
+    log,
     relay::Sender,
 };
 use crate::{
@@ -150,6 +151,7 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         if let Some(opened) = self.turn.take() {
             let settlement = settle::lost(self.arrived.elapsed());
+            log::counted(opened.request().transport, &settlement.answer);
             let (ledger, tasks) = (self.engine.ledger.clone(), &self.engine.tasks);
             ledger.settle_until_booked(opened, settlement, tasks);
         }

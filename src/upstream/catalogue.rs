@@ -12,6 +12,7 @@ use crate::{
     db,
     ids::AccountId,
     task::Tasks,
+    telemetry,
 };
 
 /// The client version that is told to upstream; it decides which models are listed.
@@ -33,7 +34,9 @@ impl Catalogue {
         tasks: &Tasks,
     ) -> Result<Self, db::Error> {
         let mut moved = bus.subscribe(Topic::Models);
-        let (sender, receiver) = watch::channel(Arc::new(accounts.models().await?));
+        let known = accounts.models().await?;
+        label(&known);
+        let (sender, receiver) = watch::channel(Arc::new(known));
         let stop = tasks.stopping();
         tasks.essential("catalogue", async move {
             let follow = async {
@@ -45,6 +48,7 @@ impl Catalogue {
                         }
                         tokio::time::sleep(PAUSE).await;
                     };
+                    label(&models);
                     sender.send_replace(Arc::new(models));
                 }
             };
@@ -52,6 +56,12 @@ impl Catalogue {
         });
         Ok(Self(receiver))
     }
+}
+
+/// What upstream lists may be a label of a metric.
+fn label(models: &PerAccount) {
+    let entries = models.iter().flat_map(|(_, entries)| entries);
+    telemetry::models(entries.filter_map(|entry| entry["slug"].as_str()));
 }
 
 impl Upstream {

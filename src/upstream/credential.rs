@@ -27,6 +27,7 @@ use crate::{
     ids::AccountId,
     routing::Lifecycle,
     task::Tasks,
+    telemetry,
 };
 
 /// Tokens are refreshed this long before they expire.
@@ -361,6 +362,11 @@ impl Inner {
         ) {
             answer = ask().await;
         }
+        telemetry::refreshed(match answer {
+            Ok(_) => "renewed",
+            Err(RefreshError::Refused { .. }) => "refused",
+            Err(RefreshError::Transient { .. }) => "failed",
+        });
         let ended = match answer {
             Ok(tokens) => self.store(id, generation, &tokens).await,
             Err(RefreshError::Refused { code, lifecycle }) => {

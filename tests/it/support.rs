@@ -4,6 +4,7 @@ pub(crate) mod chaos;
 pub(crate) mod cluster;
 pub(crate) mod codex;
 pub(crate) mod codex_socket;
+pub(crate) mod exposition;
 pub(crate) mod house;
 pub(crate) mod pg;
 pub(crate) mod pgbouncer;

@@ -3,9 +3,12 @@
 use http::HeaderMap;
 use serde_json::Value;
 
+use crate::protocol::trace;
+
 const TURN_METADATA: &str = "x-codex-turn-metadata";
 /// What a client repeats of the turn state, and what its upstream gave.
 pub(super) const TURN_STATE: &str = "x-codex-turn-state";
+pub(super) const TRACE: &str = "ws_request_header_traceparent";
 const WINDOW_ID: &str = "x-codex-window-id";
 
 /// What the client says about itself; all of it is optional, and an empty string is nothing said.
@@ -21,6 +24,8 @@ pub struct Client {
     pub window_id: Option<String>,
     /// `turn`, `prewarm` or `compaction`.
     pub request_kind: Option<String>,
+    /// The trace that a message of a WebSocket says it is part of.
+    pub trace_id: Option<String>,
     /// The turn state that a WebSocket client repeats, as it is: whether it is one of ours is not for this room to say.
     pub turn_state: Option<String>,
 }
@@ -35,6 +40,7 @@ impl Client {
             turn_id: identifier(said["turn_id"].as_str()),
             window_id: identifier(said[WINDOW_ID].as_str()),
             request_kind: None,
+            trace_id: said[TRACE].as_str().and_then(trace::of).map(str::to_owned),
             turn_state: said[TURN_STATE].as_str().map(str::to_owned),
         };
         client.with_turn_metadata(said[TURN_METADATA].as_str());
@@ -93,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_body_speaks_first_then_its_turn_metadata_then_the_headers() {
-        let raw = r#"{"thread_id":"t","turn_id":"","x-codex-window-id":"w:0",
+        let raw = r#"{"ws_request_header_traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01","thread_id":"t","turn_id":"","x-codex-window-id":"w:0",
             "x-codex-turn-metadata":"{\"thread_id\":\"other\",\"turn_id\":\"u\",\"request_kind\":\"turn\"}"}"#;
         let mut client = Client::of_metadata(raw);
         let headers = [
@@ -112,6 +118,7 @@ mod tests {
             turn_id: some("u"),
             window_id: some("w:0"),
             request_kind: some("turn"),
+            trace_id: some("4bf92f3577b34da6a3ce929d0e0e4736"),
             turn_state: None,
         };
         assert_eq!(client, expected);
@@ -138,6 +145,7 @@ mod tests {
             "7",
             r#"{"thread_id":7}"#,
             r#"{"x-codex-turn-metadata":"{oops"}"#,
+            r#"{"ws_request_header_traceparent":"00-xyzzy"}"#,
         ] {
             assert_eq!(Client::of_metadata(raw), Client::default(), "{raw}");
         }

@@ -19,7 +19,7 @@ use crate::{
         failure::{Class, Deadline, Failure, Phase},
         headers, limits,
     },
-    quota,
+    quota, telemetry,
     turn::{
         Event, Held, Item,
         carrier::{Carrier, Source},
@@ -376,7 +376,12 @@ impl Quiet {
     }
 
     fn heard(&mut self) {
-        self.since = Moment::now();
+        let now = Moment::now();
+        // What comes before the first event is another metric.
+        if self.name == Deadline::Idle {
+            telemetry::event_gap(now - self.since);
+        }
+        self.since = now;
         (self.limit, self.name) = (deadline::IDLE, Deadline::Idle);
     }
 

@@ -11,7 +11,7 @@ use crate::{
     protocol::event::{self, Kind},
     snapshot::Parent,
     telemetry,
-    turn::{End, Item, Stop, carrier::Carrier},
+    turn::{End, Item, Stop, carrier::Carrier, log},
 };
 
 /// How long the terminal event waits for its settlement.
@@ -37,20 +37,13 @@ impl Turn<'_> {
         let sticky = self
             .preference()
             .filter(|_| completed && self.ask.request.facts.generate);
-        let total = self.ask.arrived.elapsed();
-        telemetry::turn_ended(
-            self.ask.transport.as_str(),
-            outcome.as_str(),
-            total,
-            self.first_event,
-        );
         let answer = Answer {
             outcome,
             status,
             reason,
             error_code: code.map(Into::into),
             first_event: self.first_event,
-            total,
+            total: self.ask.arrived.elapsed(),
             bridge: Some(self.seat.bridge),
             explanation: self
                 .choice
@@ -62,11 +55,16 @@ impl Turn<'_> {
                 .sticky
                 .put(self.ask.caller.scope(), &key, preference.account);
         }
-        let why = match &finish {
-            Finish::Stop(Stop::Nobody { why }) => Some(why.as_str()),
-            _ => None,
+        let known = log::Known {
+            account: self.choice.as_ref().map(|choice| choice.account),
+            lease: self.seat.lease,
+            opened: self.open.turn.as_ref(),
+            why: match &finish {
+                Finish::Stop(Stop::Nobody { why }) => Some(why),
+                _ => None,
+            },
         };
-        self.log(&answer, why);
+        log::ended(&self.ask, &answer, known);
         let (snapshot, next) = self.snapshot(&finish, response_id.as_deref()).await.unzip();
         let mut ending = Ending {
             booking: self.booking.take(),
@@ -149,30 +147,6 @@ impl Turn<'_> {
             body: row.body,
         };
         Some((snapshot, row.next))
-    }
-
-    /// One line per turn.
-    fn log(&self, answer: &Answer, why: Option<&str>) {
-        let request_id = self.ask.headers.get("x-request-id");
-        tracing::info!(
-            turn_id = %self.ask.id,
-            request_id = request_id.and_then(|id| id.to_str().ok()),
-            api_key_id = self.ask.caller.api_key().map(tracing::field::display),
-            account_id = self.choice.as_ref().map(|choice| tracing::field::display(choice.account)),
-            model = self.ask.request.facts.model,
-            route = self.ask.route,
-            transport = self.ask.transport.as_str(),
-            outcome = answer.outcome.as_str(),
-            reason = answer.reason,
-            why,
-            bridge = self.seat.bridge.outcome,
-            bridge_reason = self.seat.bridge.reason,
-            lease_id = self.seat.lease.map(tracing::field::display),
-            attempts = self.open.turn.as_ref().map_or(0, |opened| opened.attempts().count()),
-            first_event_ms = answer.first_event.map(|time| time.as_millis()),
-            total_ms = answer.total.as_millis(),
-            "turn"
-        );
     }
 
     /// What the ledger writes as the conversation's preference, so that it lasts; a detour leaves it as it was.

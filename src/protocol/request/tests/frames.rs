@@ -41,6 +41,7 @@ fn the_headers_of_an_http_client_travel_in_the_frame() {
         ("x-openai-subagent", "review"),
         ("x-codex-window-id", "header"),
         ("authorization", "secret"),
+        ("traceparent", "00-1-2-01"),
     ]);
     let cases = [
         (
@@ -56,6 +57,7 @@ fn the_headers_of_an_http_client_travel_in_the_frame() {
     for (sent, mut expected) in cases {
         expected["x-codex-turn-metadata"] = json!(r#"{"turn_id":"t"}"#);
         expected["x-openai-subagent"] = json!("review");
+        expected["ws_request_header_traceparent"] = json!("00-1-2-01");
         let request = read(bytes(&body(&sent)), Shape::Codex).unwrap();
         let frame = value(&request.frame_with(&headers, None));
         assert_eq!(frame["client_metadata"], expected, "{sent}");
