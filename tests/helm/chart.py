@@ -26,7 +26,7 @@ EVERYTHING = {
     "redis": {"existingSecret": "drawbridge-redis"},
     "operatorToken": {"existingSecret": "drawbridge-operator"},
     "ca": {"existingConfigMap": "roots"},
-    "settings": {"planWeights": {"pro": 6.67, "free": 0.15}, "modelAliases": {"fast": "gpt-5.4-mini"}, "hideQuota": True, "turnsPerAccount": 2},
+    "settings": {"planWeights": {"pro": 6.67, "free": 0.15}, "modelAliases": {"fast": "gpt-5.4-mini"}, "hideQuota": True, "metricsAccounts": True, "turnsPerAccount": 2},
     "proxy": {"https": "http://proxy:3128", "noProxy": "10.0.0.0/8"},
     "terminationGracePeriodSeconds": 3600,
     "service": {"annotations": {"a": "b"}},
