@@ -12,6 +12,7 @@ pub mod embedded;
 mod error;
 mod installation;
 mod migrate;
+pub mod sealed;
 mod stmt;
 mod tls;
 mod tx;

@@ -33,6 +33,7 @@ mod quota;
 mod reauthentication;
 mod refresh;
 mod replicas;
+mod rotation;
 mod snapshots;
 mod statements;
 mod support;
