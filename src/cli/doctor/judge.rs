@@ -1,0 +1,807 @@
+//! What was seen, and what that means: functions of values, without I/O.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use jiff::SignedDuration;
+use serde::Serialize;
+
+use crate::{
+    db::{
+        DIRECT_CONNECTIONS, MAIN_CONNECTIONS, Migration,
+        probe::{Direct, Server, Stored},
+        sealed::Counts,
+    },
+    replica::{Listed, VERSION},
+    routing::Lifecycle,
+};
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Verdict {
+    /// As it should be.
+    Ok,
+    /// It works, and should be looked at.
+    Warn,
+    /// Something does not work.
+    Fail,
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Finding {
+    pub(super) verdict: Verdict,
+    /// What was looked at.
+    pub(super) name: String,
+    pub(super) seen: String,
+    /// What to do; empty where there is nothing to do.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub(super) advice: &'static str,
+}
+
+/// Nothing to do.
+pub(super) fn ok(name: impl Into<String>, seen: impl Into<String>) -> Finding {
+    find(Verdict::Ok, name, seen, "")
+}
+
+/// To be looked at.
+pub(super) fn warn(
+    name: impl Into<String>,
+    seen: impl Into<String>,
+    advice: &'static str,
+) -> Finding {
+    find(Verdict::Warn, name, seen, advice)
+}
+
+/// Broken.
+pub(super) fn fail(
+    name: impl Into<String>,
+    seen: impl Into<String>,
+    advice: &'static str,
+) -> Finding {
+    find(Verdict::Fail, name, seen, advice)
+}
+
+fn find(
+    verdict: Verdict,
+    name: impl Into<String>,
+    seen: impl Into<String>,
+    advice: &'static str,
+) -> Finding {
+    Finding {
+        verdict,
+        name: name.into(),
+        seen: seen.into(),
+        advice,
+    }
+}
+
+/// `unknown`: sentences about names that are no settings.
+pub(super) fn settings(unknown: &[String]) -> Finding {
+    match unknown {
+        [] => ok("settings", "every name is known"),
+        names => fail(
+            "settings",
+            names.join("; "),
+            "correct or remove these names: they have no effect",
+        ),
+    }
+}
+
+/// The server behind one of the URLs.
+pub(super) fn server(name: &str, server: &Server) -> Finding {
+    let Server {
+        version,
+        standby,
+        tls,
+        local,
+        ..
+    } = server;
+    let protected = match (tls, local) {
+        (true, _) => "TLS",
+        (false, true) => "no TLS, on this machine",
+        (false, false) => "no TLS",
+    };
+    let seen = format!(
+        "Postgres {}.{}, {protected}",
+        version / 10_000,
+        version % 10_000
+    );
+    if *version < 140_000 {
+        fail(name, seen, "use Postgres 14 or newer")
+    } else if *standby {
+        fail(
+            name,
+            format!("{seen}, a standby"),
+            "point the URL at the primary, or promote this server",
+        )
+    } else if !tls && !local {
+        warn(
+            name,
+            seen,
+            "add sslmode=verify-full (or require) to the URL",
+        )
+    } else {
+        ok(name, seen)
+    }
+}
+
+/// The direct URL. `same`: it is the pooled one.
+pub(super) fn direct(direct: Direct, redis: bool) -> Finding {
+    let name = "direct-url";
+    match (direct, redis) {
+        (
+            Direct {
+                sessions: true,
+                hears: true,
+            },
+            _,
+        ) => ok(name, "no pooler in between; notifications arrive"),
+        (_, false) => warn(
+            name,
+            "a pooler: notifications do not arrive, so changes are polled for every 500 ms",
+            "set DRAWBRIDGE_DATABASE_DIRECT_URL to Postgres itself, or DRAWBRIDGE_REDIS_URL",
+        ),
+        (_, true) => warn(
+            name,
+            "a pooler: heartbeats queue behind other work, notifications come by Redis alone",
+            "set DRAWBRIDGE_DATABASE_DIRECT_URL to Postgres itself",
+        ),
+    }
+}
+
+/// Whether the server has room for the fleet. `pooled`: ordinary work goes through a pooler.
+pub(super) fn connections(server: &Server, replicas: usize, pooled: bool) -> Finding {
+    let each = if pooled {
+        DIRECT_CONNECTIONS
+    } else {
+        DIRECT_CONNECTIONS + MAIN_CONNECTIONS
+    };
+    // One more is rolled in while another leaves, and commands need some, too.
+    let needed = (replicas + 1) * each + 5;
+    let beside = if pooled {
+        " beside the pooler's own"
+    } else {
+        ""
+    };
+    let seen = format!(
+        "{} allowed, {} open; {replicas} replicas in a rollout need {needed}{beside}",
+        server.connections, server.used
+    );
+    if usize::try_from(server.connections).unwrap_or(0) < needed {
+        fail(
+            "connections",
+            seen,
+            "raise max_connections, or put a pooler in between",
+        )
+    } else {
+        ok("connections", seen)
+    }
+}
+
+/// How far this host's clock is from the database's.
+pub(super) fn clock(offset: SignedDuration) -> Finding {
+    let seen = format!(
+        "the database is {:+.3} s from this host",
+        offset.as_secs_f64()
+    );
+    match offset.unsigned_abs() {
+        off if off > Duration::from_secs(60) => fail(
+            "clock",
+            seen,
+            "run NTP on both: limits and expiries are counted by the database's clock",
+        ),
+        off if off > Duration::from_secs(2) => warn("clock", seen, "run NTP on both"),
+        _ => ok("clock", seen),
+    }
+}
+
+/// What was applied against what this program brings.
+pub(super) fn schema(ours: &[Migration], applied: &[Migration]) -> Finding {
+    let name = "schema";
+    let of = |version| {
+        ours.iter()
+            .find(|migration: &&Migration| migration.version == version)
+    };
+    let divergent = applied
+        .iter()
+        .find(|one| of(one.version).is_some_and(|ours| ours != *one));
+    let newest = applied.last().map_or(0, |migration| migration.version);
+    let known = ours.last().map_or(0, |migration| migration.version);
+    if let Some(Migration { version, .. }) = divergent {
+        let seen = format!("V{version} was applied with another text than this release has");
+        fail(
+            name,
+            seen,
+            "use the release that migrated this database; never edit a migration",
+        )
+    } else if newest > known {
+        warn(
+            name,
+            format!("V{newest} is of a newer release; this one knows V{known}"),
+            "finish the rollout",
+        )
+    } else if newest < known {
+        fail(
+            name,
+            format!("V{newest}, this release needs V{known}"),
+            "run `drawbridge migrate`",
+        )
+    } else {
+        ok(name, format!("V{newest}, as this release has it"))
+    }
+}
+
+/// The master keys against what is stored: `counts` over all sealed columns, `current` seals, `ring` opens.
+pub(super) fn sealed(counts: &Counts, current: &str, ring: &[&str]) -> Finding {
+    let listed: Vec<String> = counts
+        .iter()
+        .map(|(key, count)| format!("{count} values under `{key}`"))
+        .collect();
+    let seen = if listed.is_empty() {
+        "nothing is sealed yet".to_owned()
+    } else {
+        listed.join(", ")
+    };
+    if counts.keys().any(|key| !ring.contains(&key.as_str())) {
+        fail(
+            "sealed",
+            format!("{seen}; not all of these keys are in the ring"),
+            "put the missing key back behind the others, then run `drawbridge keys rotate-master`",
+        )
+    } else if counts.keys().any(|key| key != current) {
+        warn(
+            "sealed",
+            format!("{seen}; `{current}` seals"),
+            "run `drawbridge keys rotate-master` when every replica has the first key first",
+        )
+    } else {
+        ok("sealed", seen)
+    }
+}
+
+/// The processes that share the database, by what they say of themselves. `keys`: fingerprints of our ring.
+pub(super) fn replicas(listed: &[Listed], keys: &[String], late: Duration) -> Vec<Finding> {
+    let running: Vec<&Listed> = listed.iter().filter(|replica| replica.may_run()).collect();
+    if running.is_empty() {
+        return vec![warn("replicas", "none runs", "start `drawbridge serve`")];
+    }
+    let ages = running.iter().map(|replica| {
+        format!(
+            "{} {} {:.1} s",
+            replica.name, replica.state, replica.heartbeat_age_seconds
+        )
+    });
+    let ages = ages.collect::<Vec<_>>().join(", ");
+    let silent = |replica: &&Listed| {
+        replica.state == "silent" || replica.heartbeat_age_seconds > late.as_secs_f64()
+    };
+    let beats = if running.iter().any(silent) {
+        warn(
+            "heartbeats",
+            ages,
+            "look into the log of those that are late; peers declare them dead within seconds",
+        )
+    } else {
+        ok("heartbeats", ages)
+    };
+    let mut versions: BTreeMap<&str, usize> = BTreeMap::new();
+    for replica in &running {
+        *versions
+            .entry(replica.version.as_deref().unwrap_or("unknown"))
+            .or_default() += 1;
+    }
+    let told: Vec<String> = versions
+        .iter()
+        .map(|(version, count)| format!("{count} of {version}"))
+        .collect();
+    let versions = if versions.len() > 1 || !versions.contains_key(VERSION) {
+        warn(
+            "versions",
+            format!("{}; this program is {VERSION}", told.join(", ")),
+            "finish the rollout; two releases side by side are fine meanwhile",
+        )
+    } else {
+        ok("versions", told.join(", "))
+    };
+    let first = keys.first().map(String::as_str).unwrap_or_default();
+    let cannot = |replica: &&&Listed| {
+        let theirs = replica.master_keys.as_deref().unwrap_or_default();
+        let opens = |key: &str| keys.iter().any(|ours| ours == key);
+        !theirs.is_empty()
+            && (!theirs.iter().any(|key| key == first)
+                || !theirs.first().is_some_and(|key| opens(key)))
+    };
+    let apart: Vec<&str> = running
+        .iter()
+        .filter(cannot)
+        .map(|replica| replica.name.as_str())
+        .collect();
+    let rings = if apart.is_empty() {
+        ok("rings", "every replica opens what the others seal")
+    } else {
+        fail(
+            "rings",
+            format!(
+                "{} and this ring do not open what the other seals",
+                apart.join(", ")
+            ),
+            "give all the same master keys; add a new one behind the others first",
+        )
+    };
+    vec![beats, versions, rings]
+}
+
+/// Whether another replica answers at its internal URL.
+pub(super) fn peer(name: &str, endpoint: Option<&str>, answer: Result<u16, String>) -> Finding {
+    let line = format!("peer {name}");
+    match (endpoint, answer) {
+        (None, _) => warn(
+            line,
+            "takes no turns from others",
+            "set DRAWBRIDGE_INTERNAL_LISTEN, so that conversations need not move to where a request arrives",
+        ),
+        // The internal listener serves one path by POST and knows no other.
+        (Some(url), Ok(404)) => ok(line, format!("{url} answers")),
+        (Some(url), Ok(status)) => fail(
+            line,
+            format!("{url} answers {status}, which no replica does"),
+            "correct DRAWBRIDGE_INTERNAL_URL, or what stands in between",
+        ),
+        (Some(url), Err(error)) => fail(
+            line,
+            format!("{url} does not answer: {error}"),
+            "open the internal port between replicas (run doctor where they run)",
+        ),
+    }
+}
+
+/// What is stored. `retention` in days.
+pub(super) fn stored(stored: &Stored, retention: u16) -> Vec<Finding> {
+    let Stored {
+        orphaned_leases,
+        log_days,
+        log_bytes,
+        snapshot_bytes,
+        database_bytes,
+    } = stored;
+    let leases = match orphaned_leases {
+        0 => ok("leases", "none waits for a dead owner"),
+        some => warn(
+            "leases",
+            format!("{some} with a turn of an owner that is dead"),
+            "their next requests claim them; if one is refused, `drawbridge leases release`",
+        ),
+    };
+    let mib = |bytes: &i64| bytes >> 20;
+    let seen = format!(
+        "request log {} MiB, {} days old of {retention}; snapshots {} MiB; database {} MiB",
+        mib(log_bytes),
+        log_days.unwrap_or(0),
+        mib(snapshot_bytes),
+        mib(database_bytes),
+    );
+    let volume = if log_days.unwrap_or(0) > i32::from(retention) + 2 {
+        warn(
+            "volume",
+            seen,
+            "old rows are not deleted: does a replica run, and what does its log say?",
+        )
+    } else {
+        ok("volume", seen)
+    };
+    vec![leases, volume]
+}
+
+/// The pool.
+pub(super) fn accounts(lifecycles: &[Lifecycle]) -> Finding {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for lifecycle in lifecycles {
+        *counts.entry(lifecycle.to_string()).or_default() += 1;
+    }
+    let told: Vec<String> = counts
+        .iter()
+        .map(|(status, count)| format!("{count} {status}"))
+        .collect();
+    if !lifecycles.contains(&Lifecycle::Active) {
+        let seen = if told.is_empty() {
+            "none".to_owned()
+        } else {
+            told.join(", ")
+        };
+        return warn(
+            "accounts",
+            seen,
+            "nobody is served: `drawbridge accounts login`, or `accounts import`",
+        );
+    }
+    if lifecycles.contains(&Lifecycle::ReauthRequired) {
+        return warn(
+            "accounts",
+            told.join(", "),
+            "`drawbridge accounts login --account ACCOUNT` renews a login",
+        );
+    }
+    ok("accounts", told.join(", "))
+}
+
+/// An origin that the service asks, and its answer to a question without credentials.
+pub(super) fn origin(name: &str, url: &str, answer: Result<(u16, Duration), String>) -> Finding {
+    match answer {
+        Ok((status, took)) if status < 500 => ok(
+            name,
+            format!(
+                "{url} answers {status} in {} ms (asked without credentials)",
+                took.as_millis()
+            ),
+        ),
+        Ok((status, _)) => warn(
+            name,
+            format!("{url} answers {status}"),
+            "upstream, or a proxy in between, has trouble",
+        ),
+        Err(error) => fail(
+            name,
+            format!("{url}: {error}"),
+            "open the way out (DNS, firewall, HTTPS_PROXY and NO_PROXY, DRAWBRIDGE_CA_FILE)",
+        ),
+    }
+}
+
+/// Open files of this process' kind; none = unlimited.
+pub(super) fn files(limit: Option<u64>, sessions: usize) -> Finding {
+    // Client and upstream sockets of every session, and what else is open: requests without a session, peers, databases.
+    let needed = sessions as u64 * 2 + 1024;
+    match limit {
+        None => ok("files", "no limit"),
+        Some(limit) if limit < needed => warn(
+            "files",
+            format!("{limit} at once here; {sessions} sessions need {needed}"),
+            "raise the limit of the service (LimitNOFILE=, ulimit -n), or lower DRAWBRIDGE_MAX_SESSIONS",
+        ),
+        Some(limit) => ok(
+            "files",
+            format!("{limit} at once here; {sessions} sessions need {needed}"),
+        ),
+    }
+}
+
+/// Who may read the file with the master keys, by its mode. `generated`: it is ours alone.
+pub(super) fn key_file(path: &str, mode: u32, generated: bool) -> Finding {
+    let seen = format!("{path} has mode {:03o}", mode & 0o777);
+    // Secrets that Kubernetes mounts are readable by all of their pod.
+    let open = if generated { 0o077 } else { 0o022 };
+    if mode & open == 0 {
+        ok("key-file", seen)
+    } else {
+        fail(
+            "key-file",
+            seen,
+            "chmod 600: whoever has it and the database has every login",
+        )
+    }
+}
+
+/// Room on the disk of an embedded database, in bytes.
+pub(super) fn disk(free: u64, total: u64) -> Finding {
+    let seen = format!("{} of {} MiB free", free >> 20, total >> 20);
+    if free < 256 << 20 {
+        fail(
+            "disk",
+            seen,
+            "make room: Postgres stops when the disk is full",
+        )
+    } else if free < 1 << 30 || free < total / 20 {
+        warn("disk", seen, "make room")
+    } else {
+        ok("disk", seen)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use Verdict::{Fail, Ok as Good, Warn};
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::ids::BootId;
+
+    const SERVER: Server = Server {
+        version: 150_004,
+        standby: false,
+        tls: true,
+        local: false,
+        connections: 97,
+        used: 3,
+    };
+
+    fn migration(version: i64, checksum: &str) -> Migration {
+        Migration {
+            version,
+            name: "x".into(),
+            checksum: checksum.into(),
+        }
+    }
+
+    fn replica(name: &str, age: f64, version: Option<&str>, keys: &[&str]) -> Listed {
+        Listed {
+            boot_id: BootId::new(),
+            name: name.into(),
+            endpoint: None,
+            started_at: Timestamp::UNIX_EPOCH,
+            heartbeat_age_seconds: age,
+            state: "alive".into(),
+            dead_at: None,
+            version: version.map(Into::into),
+            master_keys: Some(keys.iter().map(|key| (*key).to_owned()).collect()),
+        }
+    }
+
+    #[test]
+    fn each_value_that_is_read_has_its_verdict() {
+        let counts = |keys: &[&str]| {
+            keys.iter()
+                .map(|key| ((*key).to_owned(), 1))
+                .collect::<Counts>()
+        };
+        let stored = |orphaned_leases, log_days| Stored {
+            orphaned_leases,
+            log_days,
+            log_bytes: 0,
+            snapshot_bytes: 0,
+            database_bytes: 0,
+        };
+        let worst = |findings: Vec<Finding>| {
+            findings
+                .into_iter()
+                .max_by_key(|finding| finding.verdict)
+                .unwrap()
+        };
+        let ms = SignedDuration::from_millis;
+        for (finding, expected, says) in [
+            (settings(&[]), Good, ""),
+            (
+                settings(&["X is not a setting".into()]),
+                Fail,
+                "X is not a setting",
+            ),
+            (server("s", &SERVER), Good, "Postgres 15.4, TLS"),
+            (
+                server(
+                    "s",
+                    &Server {
+                        version: 130_012,
+                        ..SERVER
+                    },
+                ),
+                Fail,
+                "13.12",
+            ),
+            (
+                server(
+                    "s",
+                    &Server {
+                        standby: true,
+                        ..SERVER
+                    },
+                ),
+                Fail,
+                "a standby",
+            ),
+            (
+                server(
+                    "s",
+                    &Server {
+                        tls: false,
+                        ..SERVER
+                    },
+                ),
+                Warn,
+                "no TLS",
+            ),
+            (
+                server(
+                    "s",
+                    &Server {
+                        tls: false,
+                        local: true,
+                        ..SERVER
+                    },
+                ),
+                Good,
+                "on this machine",
+            ),
+            (
+                direct(
+                    Direct {
+                        sessions: true,
+                        hears: true,
+                    },
+                    false,
+                ),
+                Good,
+                "no pooler",
+            ),
+            (
+                direct(
+                    Direct {
+                        sessions: false,
+                        hears: false,
+                    },
+                    false,
+                ),
+                Warn,
+                "polled",
+            ),
+            (
+                direct(
+                    Direct {
+                        sessions: true,
+                        hears: false,
+                    },
+                    true,
+                ),
+                Warn,
+                "Redis alone",
+            ),
+            (connections(&SERVER, 3, false), Good, "need 81"),
+            (connections(&SERVER, 4, false), Fail, "need 100"),
+            (connections(&SERVER, 20, true), Good, "need 68 beside"),
+            (clock(ms(-1_999)), Good, "-1.999"),
+            (clock(ms(2_001)), Warn, "+2.001"),
+            (clock(ms(-61_000)), Fail, "-61"),
+            (
+                schema(&[migration(1, "a")], &[migration(1, "a")]),
+                Good,
+                "V1",
+            ),
+            (
+                schema(
+                    &[migration(1, "a"), migration(2, "b")],
+                    &[migration(1, "a")],
+                ),
+                Fail,
+                "V1, this release needs V2",
+            ),
+            (schema(&[migration(1, "a")], &[]), Fail, "V0"),
+            (
+                schema(
+                    &[migration(1, "a")],
+                    &[migration(1, "a"), migration(2, "b")],
+                ),
+                Warn,
+                "newer",
+            ),
+            (
+                schema(&[migration(1, "a")], &[migration(1, "b")]),
+                Fail,
+                "another text",
+            ),
+            (
+                sealed(&counts(&["k2"]), "k2", &["k2", "k1"]),
+                Good,
+                "1 values under `k2`",
+            ),
+            (
+                sealed(&counts(&["k1", "k2"]), "k2", &["k2", "k1"]),
+                Warn,
+                "`k2` seals",
+            ),
+            (
+                sealed(&counts(&["k0", "k2"]), "k2", &["k2"]),
+                Fail,
+                "not all",
+            ),
+            (sealed(&counts(&[]), "k2", &["k2"]), Good, "nothing"),
+            (worst(super::stored(&stored(0, Some(30)), 30)), Good, ""),
+            (
+                worst(super::stored(&stored(2, None), 30)),
+                Warn,
+                "2 with a turn",
+            ),
+            (
+                worst(super::stored(&stored(0, Some(33)), 30)),
+                Warn,
+                "33 days",
+            ),
+            (accounts(&[]), Warn, "none"),
+            (accounts(&[Lifecycle::Paused]), Warn, "1 paused"),
+            (
+                accounts(&[Lifecycle::Active, Lifecycle::Active]),
+                Good,
+                "2 active",
+            ),
+            (
+                accounts(&[Lifecycle::Active, Lifecycle::ReauthRequired]),
+                Warn,
+                "1 reauth_required",
+            ),
+            (
+                origin("u", "https://x", Ok((401, Duration::ZERO))),
+                Good,
+                "401",
+            ),
+            (
+                origin("u", "https://x", Ok((503, Duration::ZERO))),
+                Warn,
+                "503",
+            ),
+            (
+                origin("u", "https://x", Err("refused".into())),
+                Fail,
+                "refused",
+            ),
+            (files(None, 4096), Good, "no limit"),
+            (files(Some(1024), 4096), Warn, "need 9216"),
+            (files(Some(9216), 4096), Good, "need 9216"),
+            (key_file("f", 0o100_600, true), Good, "600"),
+            (key_file("f", 0o100_640, true), Fail, "640"),
+            (key_file("f", 0o100_644, false), Good, "644"),
+            (key_file("f", 0o100_666, false), Fail, "666"),
+            (disk(200 << 20, 10 << 30), Fail, "200"),
+            (disk(3 << 30, 100 << 30), Warn, "free"),
+            (disk(30 << 30, 100 << 30), Good, "free"),
+            (peer("r1", None, Err(String::new())), Warn, "takes no turns"),
+            (peer("r1", Some("http://a"), Ok(404)), Good, "answers"),
+            (peer("r1", Some("http://a"), Ok(200)), Fail, "200"),
+            (
+                peer("r1", Some("http://a"), Err("timed out".into())),
+                Fail,
+                "timed out",
+            ),
+        ] {
+            assert_eq!(finding.verdict, expected, "{finding:?}");
+            assert!(finding.seen.contains(says), "{finding:?}");
+            assert_eq!(finding.advice.is_empty(), expected == Good, "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn the_fleet_is_judged_by_what_it_says_of_itself() {
+        let ours = ["k2:2".to_owned(), "k1:1".to_owned()];
+        let judge = |listed: &[Listed]| {
+            let found = replicas(listed, &ours, Duration::from_secs(7));
+            found
+                .iter()
+                .map(|finding| finding.verdict)
+                .collect::<Vec<_>>()
+        };
+        let now = Some(VERSION);
+        let dead = Listed {
+            dead_at: Some(Timestamp::UNIX_EPOCH),
+            ..replica("r9", 900.0, None, &["k9:9"])
+        };
+        for (listed, expected) in [
+            (vec![], vec![Warn]),
+            (vec![dead.clone()], vec![Warn]),
+            (
+                vec![replica("r0", 1.0, now, &["k2:2"]), dead],
+                vec![Good, Good, Good],
+            ),
+            (
+                vec![replica("r0", 8.0, now, &["k2:2", "k1:1"])],
+                vec![Warn, Good, Good],
+            ),
+            (
+                vec![replica("r0", 1.0, Some("0.0.9"), &["k1:1", "k2:2"])],
+                vec![Good, Warn, Good],
+            ),
+            (vec![replica("r0", 1.0, None, &[])], vec![Good, Warn, Good]),
+            // It cannot open what we seal, we cannot open what it seals, and a key of the same name is another.
+            (
+                vec![replica("r0", 1.0, now, &["k1:1"])],
+                vec![Good, Good, Fail],
+            ),
+            (
+                vec![replica("r0", 1.0, now, &["k3:3", "k2:2"])],
+                vec![Good, Good, Fail],
+            ),
+            (
+                vec![replica("r0", 1.0, now, &["k2:9"])],
+                vec![Good, Good, Fail],
+            ),
+        ] {
+            assert_eq!(judge(&listed), expected, "{listed:?}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Whether what stands in front of the service lets everything pass. No turn is run: a WebSocket is opened and sent a frame that is refused,
+//! and a large body is refused. What only a running answer shows (buffering of event streams, idle time-outs) is not looked at.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{StatusCode, header};
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio::time::timeout;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{Message, handshake::client::generate_key, protocol::Role},
+};
+
+use super::{
+    PATIENCE,
+    judge::{Finding, fail, ok, warn},
+    said,
+};
+use crate::{config, upstream};
+
+/// More than proxies let pass unless they are told to, and far less than a conversation with images.
+const BODY: usize = 8 << 20;
+/// For a frame's answer.
+const ECHO: Duration = Duration::from_secs(5);
+
+/// Looks.
+pub(super) async fn run(
+    url: &str,
+    key: Option<&SecretString>,
+    config: &config::Upstream,
+) -> Vec<Finding> {
+    let client = match upstream::client(config) {
+        Ok(client) => client,
+        Err(error) => {
+            return vec![fail(
+                "through",
+                format!("{error:#}"),
+                "correct DRAWBRIDGE_CA_FILE",
+            )];
+        }
+    };
+    let reached = client
+        .get(format!("{url}/livez"))
+        .timeout(PATIENCE)
+        .send()
+        .await;
+    match reached {
+        Ok(answer) if answer.status() == StatusCode::OK => {}
+        Ok(answer) => {
+            let seen = format!("{url}/livez answers {}", answer.status().as_u16());
+            return vec![fail(
+                "through",
+                seen,
+                "point it at the client listener (DRAWBRIDGE_LISTEN)",
+            )];
+        }
+        Err(error) => {
+            return vec![fail(
+                "through",
+                format!("{url}: {}", said(error)),
+                "open the way to it",
+            )];
+        }
+    }
+    vec![
+        ok("through", format!("{url} leads to the service")),
+        websocket(&client, url, key).await,
+        body(&client, url, key).await,
+    ]
+}
+
+fn with(request: reqwest::RequestBuilder, key: Option<&SecretString>) -> reqwest::RequestBuilder {
+    let request = request.timeout(PATIENCE);
+    match key {
+        Some(key) => request.bearer_auth(key.expose_secret()),
+        None => request,
+    }
+}
+
+async fn websocket(client: &reqwest::Client, url: &str, key: Option<&SecretString>) -> Finding {
+    let name = "through-ws";
+    let request = client
+        .get(format!("{url}/backend-api/codex/responses"))
+        .header(header::CONNECTION, "Upgrade")
+        .header(header::UPGRADE, "websocket")
+        .header(header::SEC_WEBSOCKET_VERSION, "13")
+        .header(header::SEC_WEBSOCKET_KEY, generate_key());
+    let answer = match with(request, key).send().await {
+        Ok(answer) => answer,
+        Err(error) => return fail(name, said(error), "let WebSocket upgrades pass"),
+    };
+    match (answer.status(), key) {
+        (StatusCode::SWITCHING_PROTOCOLS, _) => {}
+        (StatusCode::UNAUTHORIZED, None) => {
+            return warn(
+                name,
+                "the handshake arrives and wants a key",
+                "set DRAWBRIDGE_KEY to see whether frames pass",
+            );
+        }
+        (StatusCode::UNAUTHORIZED, Some(_)) => {
+            return fail(
+                name,
+                "the key is refused, or does not arrive",
+                "check DRAWBRIDGE_KEY, and that Authorization passes",
+            );
+        }
+        (status, _) => {
+            let seen = format!("the handshake is answered {}", status.as_u16());
+            return fail(
+                name,
+                seen,
+                "pass the Upgrade and Connection headers on, over HTTP/1.1 (426 also if DRAWBRIDGE_UPSTREAM_TRANSPORT=http)",
+            );
+        }
+    }
+    let echo = async {
+        let upgraded = answer.upgrade().await.ok()?;
+        let mut socket = WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await;
+        // It has no type, so it is refused, and nothing is begun.
+        socket.send(Message::text("{}")).await.ok()?;
+        let refused = loop {
+            if let Message::Text(text) = socket.next().await?.ok()? {
+                break serde_json::from_str::<serde_json::Value>(&text).ok()?;
+            }
+        };
+        drop(socket.close(None).await);
+        (refused["type"] == "error").then_some(())
+    };
+    match timeout(ECHO, echo).await {
+        Ok(Some(())) => ok(name, "the handshake passes, and frames both ways"),
+        _ => fail(
+            name,
+            "the handshake passes, but a frame is not answered",
+            "let WebSocket frames pass unbuffered, both ways",
+        ),
+    }
+}
+
+async fn body(client: &reqwest::Client, url: &str, key: Option<&SecretString>) -> Finding {
+    let name = "through-body";
+    // No object, so it is refused, and nothing is begun.
+    let mut body = vec![b' '; BODY];
+    body.extend_from_slice(b"[]");
+    let request = client
+        .post(format!("{url}/v1/responses"))
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(body);
+    let mib = BODY >> 20;
+    match with(request, key)
+        .send()
+        .await
+        .map(|answer| answer.status())
+    {
+        Ok(StatusCode::BAD_REQUEST) => ok(
+            name,
+            format!("{mib} MiB pass; event streams and idle time-outs need a real turn to be seen"),
+        ),
+        Ok(StatusCode::UNAUTHORIZED) => ok(
+            name,
+            format!("{mib} MiB are not refused on the way; nothing more is seen without a key"),
+        ),
+        Ok(StatusCode::PAYLOAD_TOO_LARGE) => fail(
+            name,
+            format!("{mib} MiB are refused on the way"),
+            "allow bodies of 64 MiB (nginx: client_max_body_size 64m)",
+        ),
+        Ok(status) => fail(
+            name,
+            format!("{mib} MiB are answered {}", status.as_u16()),
+            "look into the log of what stands in front",
+        ),
+        Err(error) => fail(
+            name,
+            said(error),
+            "allow bodies of 64 MiB (nginx: client_max_body_size 64m)",
+        ),
+    }
+}
