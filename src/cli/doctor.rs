@@ -44,7 +44,10 @@ pub(super) struct DoctorArgs {
     /// Also run one tiny turn per transport on this account, straight at upstream, and say where that differs from what tests assume
     #[arg(long, value_name = "ACCOUNT")]
     live: Option<String>,
-    /// Also look whether this URL, at which clients reach the service, lets everything pass
+    /// What --live asks
+    #[arg(long, default_value = "gpt-5.5", value_name = "MODEL")]
+    model: String,
+    /// Also look whether this URL, at which clients reach the service, lets everything pass; with --live and a key, also a streamed turn
     #[arg(long, value_name = "URL")]
     through: Option<String>,
     /// A client's key for --through
@@ -93,7 +96,7 @@ pub(super) async fn run(
                 let db = Db::new(&data.pooled, &data.direct)?;
                 database(&mut found, &db, &ring, config).await;
                 if let Some(account) = &args.live {
-                    found.extend(live::run(account, &db, &ring, config).await);
+                    found.extend(live::run(account, &args.model, &db, &ring, config).await);
                 }
                 db.close();
                 data.close().await;
@@ -112,14 +115,9 @@ pub(super) async fn run(
     found.extend(origins(&config.upstream).await);
     found.extend(machine(config));
     if let Some(url) = &args.through {
-        found.extend(
-            through::run(
-                url.trim_end_matches('/'),
-                args.key.as_ref(),
-                &config.upstream,
-            )
-            .await,
-        );
+        let (url, key) = (url.trim_end_matches('/'), args.key.as_ref());
+        let model = args.live.as_ref().map(|_| args.model.as_str());
+        found.extend(through::run(url, key, model, &config.upstream).await);
     }
     let worst = found
         .iter()

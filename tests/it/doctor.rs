@@ -130,7 +130,7 @@ async fn a_fleet_that_is_well_is_said_to_be_and_a_peer_that_is_cut_off_is_found(
         ("direct-url", "no pooler"),
         ("clock", " s from this host"),
         ("schema", "as this release has it"),
-        ("connections", "2 replicas in a rollout need 62"),
+        ("connections", "a rollout of 2 needs 62"),
         ("master-keys", "k1: they open this installation"),
         ("sealed", "values under `k1`"),
         ("heartbeats", "r0 alive"),
@@ -265,24 +265,35 @@ async fn what_is_broken_is_found_by_its_name_and_decides_the_exit_code() {
         assert!(!found.text.contains("hunter2"), "{}", found.text);
         assert!(!found.text.contains(&keys[3..]), "{}", found.text);
     }
+    let lease = "
+        insert into http_bridge_leases
+            (lease_id, scope_id, key_kind, key_hash, generation, busy_turn, retain_until)
+        values (gen_random_uuid(), gen_random_uuid(), 'x', '', 1, gen_random_uuid(), now())";
+    let log = "
+        insert into request_log
+            (day, turn_id, request_id, scope_id, route, transport, outcome, attempts, total_ms)
+        values (current_date - 40, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(),
+            'r', 't', 'o', 1, 1)";
+    let login = "update accounts set status = 'reauth_required'";
+    let newer = "insert into refinery_schema_history values (999, 'later', '', '1')";
+    let older = "delete from refinery_schema_history where version >= 4";
+    let other = "update refinery_schema_history set checksum = '7' where version = 1";
     for (change, name, verdict, says) in [
         (
-            "insert into http_bridge_leases (lease_id, scope_id, key_kind, key_hash, generation, busy_turn, retain_until)
-             values (gen_random_uuid(), gen_random_uuid(), 'x', '', 1, gen_random_uuid(), now())",
-            "leases", "warn", "1 with a turn of an owner that is dead",
+            lease,
+            "leases",
+            "warn",
+            "1 with a turn of an owner that is dead",
         ),
-        (
-            "insert into request_log (day, turn_id, request_id, scope_id, route, transport, outcome, attempts, total_ms)
-             values (current_date - 40, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'r', 't', 'o', 1, 1)",
-            "volume", "warn", "40 days old of 30",
-        ),
-        ("update accounts set status = 'reauth_required'", "accounts", "warn", "1 reauth_required"),
-        ("insert into refinery_schema_history values (999, 'later', '', '1')", "schema", "warn", "V999 is of a newer release"),
-        ("update refinery_schema_history set checksum = '7' where version = 1", "schema", "fail", "V1 was applied with another text"),
-        ("delete from refinery_schema_history where version > 1; update refinery_schema_history set checksum = checksum", "schema", "fail", "V1"),
+        (log, "volume", "warn", "40 days old of 30"),
+        (login, "accounts", "warn", "1 reauth_required"),
+        (newer, "schema", "warn", "V999 is of a newer release"),
+        (older, "schema", "fail", "V3, this release needs V"),
+        (other, "schema", "fail", "V1 was applied with another text"),
     ] {
         client.batch_execute(change).await.unwrap();
-        Report::of(&home, &[], &[]).await.expects(name, verdict, says);
+        let found = Report::of(&home, &[], &[]).await;
+        found.expects(name, verdict, says);
     }
     let empty = TestDb::empty().await;
     let found = Report::of(&home, &[], &[("DRAWBRIDGE_DATABASE_URL", &empty.url)]).await;
@@ -411,6 +422,16 @@ async fn what_stands_in_front_must_let_upgrades_frames_and_bodies_pass() {
     let found = through(&url, Some(&wrong)).await;
     found.expects("through-ws", "fail", "the key is refused");
     assert_eq!(home.upstream.attempts().len(), 0, "no turn is run");
+    // Each event after 20 ms, and all of them at once where somebody collects them.
+    home.upstream.fault(Fault::always(Kind::Slow(20)));
+    let live = ["--live", "alice", "--through"];
+    let settings = [("DRAWBRIDGE_KEY", key.as_str())];
+    let found = Report::of(&home, &[&live[..], &[&url]].concat(), &settings).await;
+    found.expects("through-sse", "ok", " pieces over ");
+    let collector = collector(url.clone()).await;
+    let found = Report::of(&home, &[&live[..], &[&collector]].concat(), &settings).await;
+    found.expects("through-sse", "warn", "one piece");
+    home.upstream.no_faults();
 
     // A proxy that is not set up for it.
     let proxy = Router::new()
@@ -431,4 +452,25 @@ async fn what_stands_in_front_must_let_upgrades_frames_and_bodies_pass() {
     found.expects("through-body", "fail", "refused on the way");
     let found = through(&home.upstream.auth_url(), Some(&key)).await;
     found.expects("through", "fail", "/livez answers 404");
+}
+
+/// A proxy that collects answers before it passes them on; yields its URL.
+async fn collector(target: String) -> String {
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let collect = move |request: axum::extract::Request| {
+        let (http, target) = (http.clone(), target.clone());
+        async move {
+            let (parts, body) = request.into_parts();
+            let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
+            let request = http.request(parts.method, format!("{target}{}", parts.uri));
+            let answer = request.headers(parts.headers).body(body).send().await;
+            let answer = answer.unwrap();
+            (answer.status(), answer.bytes().await.unwrap())
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let router = Router::new().fallback(collect);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    url
 }

@@ -57,7 +57,7 @@ pub(super) const EVERYWHERE: &[Assumption] = &[
                 "response.content_part.done",
                 "response.output_item.done",
             ]
-            .map(|kind| seen.of_message(kind).or(at(kind)));
+            .map(|kind| seen.of_message(kind).or_else(|| at(kind)));
             (!order.is_sorted() || order.contains(&None)).then(|| format!("at {order:?}"))
         },
     ),

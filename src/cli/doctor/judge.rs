@@ -39,6 +39,8 @@ pub(super) struct Finding {
     pub(super) advice: &'static str,
 }
 
+const UNBUFFERED: &str = "do not buffer answers (nginx: proxy_buffering off)";
+
 /// Nothing to do.
 pub(super) fn ok(name: impl Into<String>, seen: impl Into<String>) -> Finding {
     find(Verdict::Ok, name, seen, "")
@@ -165,7 +167,7 @@ pub(super) fn connections(server: &Server, replicas: usize, pooled: bool) -> Fin
         ""
     };
     let seen = format!(
-        "{} allowed, {} open; {replicas} replicas in a rollout need {needed}{beside}",
+        "{} allowed, {} open; a rollout of {replicas} needs {needed}{beside}",
         server.connections, server.used
     );
     if usize::try_from(server.connections).unwrap_or(0) < needed {
@@ -448,6 +450,24 @@ pub(super) fn origin(name: &str, url: &str, answer: Result<(u16, Duration), Stri
     }
 }
 
+/// When the pieces of an answer came, counted from the question.
+pub(super) fn stream(arrived: &[Duration]) -> Finding {
+    let [first, .., last] = arrived else {
+        return warn(
+            "through-sse",
+            "the whole answer came as one piece",
+            UNBUFFERED,
+        );
+    };
+    let spread = last.saturating_sub(*first);
+    let seen = format!("{} pieces over {} ms", arrived.len(), spread.as_millis());
+    if spread < Duration::from_millis(10) {
+        warn("through-sse", seen, UNBUFFERED)
+    } else {
+        ok("through-sse", seen)
+    }
+}
+
 /// Open files of this process' kind; none = unlimited.
 pub(super) fn files(limit: Option<u64>, sessions: usize) -> Finding {
     // Client and upstream sockets of every session, and what else is open: requests without a session, peers, databases.
@@ -644,9 +664,9 @@ mod tests {
                 Warn,
                 "Redis alone",
             ),
-            (connections(&SERVER, 3, false), Good, "need 81"),
-            (connections(&SERVER, 4, false), Fail, "need 100"),
-            (connections(&SERVER, 20, true), Good, "need 68 beside"),
+            (connections(&SERVER, 3, false), Good, "needs 81"),
+            (connections(&SERVER, 4, false), Fail, "needs 100"),
+            (connections(&SERVER, 20, true), Good, "needs 68 beside"),
             (clock(ms(-1_999)), Good, "-1.999"),
             (clock(ms(2_001)), Warn, "+2.001"),
             (clock(ms(-61_000)), Fail, "-61"),
@@ -730,6 +750,17 @@ mod tests {
                 origin("u", "https://x", Err("refused".into())),
                 Fail,
                 "refused",
+            ),
+            (stream(&[]), Warn, "one piece"),
+            (
+                stream(&[900, 905].map(Duration::from_millis)),
+                Warn,
+                "2 pieces over 5 ms",
+            ),
+            (
+                stream(&[300, 305, 900].map(Duration::from_millis)),
+                Good,
+                "3 pieces over 600 ms",
             ),
             (files(None, 4096), Good, "no limit"),
             (files(Some(1024), 4096), Warn, "need 9216"),

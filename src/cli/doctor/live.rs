@@ -30,22 +30,28 @@ use crate::{
 
 /// A parameter that SDKs send and upstream refuses before it does anything.
 const REFUSED: &str = "max_output_tokens";
-/// Asked for where an account's catalogue is not known.
-const MODEL: &str = "gpt-5.5";
+/// How upstream answers a frame that continues what it does not know.
+const UNKNOWN: &str = r#""error" 400 "previous_response_not_found""#;
 const TELL: &str = "the tests assume otherwise: please report it with the release and the date";
 
 /// An account, ready to be asked.
-struct Line {
+struct Line<'a> {
     upstream: Upstream,
     account: AccountId,
     credential: std::sync::Arc<Credential>,
-    model: String,
+    model: &'a str,
 }
 
 /// Runs the turns.
-pub(super) async fn run(name: &str, db: &Db, ring: &KeyRing, config: &Config) -> Vec<Finding> {
+pub(super) async fn run(
+    name: &str,
+    model: &str,
+    db: &Db,
+    ring: &KeyRing,
+    config: &Config,
+) -> Vec<Finding> {
     let tasks = Tasks::new();
-    let found = match Line::open(name, db, ring, config, &tasks).await {
+    let found = match Line::open(name, model, db, ring, config, &tasks).await {
         Ok((line, quota)) => {
             let (http, socket) = (line.http().await, line.websocket().await);
             quota.flush().await;
@@ -106,9 +112,10 @@ fn told(name: &str, assumptions: &[&[Assumption]], turn: Turn) -> Vec<Finding> {
     found
 }
 
-impl Line {
+impl<'a> Line<'a> {
     async fn open(
         name: &str,
+        model: &'a str,
         db: &Db,
         ring: &KeyRing,
         config: &Config,
@@ -126,17 +133,6 @@ impl Line {
             .credentials()
             .fresh(account, Freshness::Any)
             .await?;
-        let listed = accounts
-            .models()
-            .await?
-            .into_iter()
-            .find(|(id, _)| *id == account);
-        let slugs = listed.map(|(_, models)| models).unwrap_or_default();
-        let slugs = || slugs.iter().filter_map(|model| model["slug"].as_str());
-        let small = slugs()
-            .find(|slug| slug.contains("mini"))
-            .or_else(|| slugs().next());
-        let model = small.unwrap_or(MODEL).to_owned();
         Ok((
             Self {
                 upstream,
@@ -149,11 +145,17 @@ impl Line {
     }
 
     fn body(&self) -> Value {
+        let said = json!([{ "type": "input_text", "text": "Say ok." }]);
         json!({
             "model": self.model,
             "instructions": "Answer with one word.",
-            "input": [{ "type": "message", "role": "user", "content": [{ "type": "input_text", "text": "Say ok." }] }],
-            "tools": [], "tool_choice": "auto", "parallel_tool_calls": false, "store": false, "stream": true, "include": [],
+            "input": [{ "type": "message", "role": "user", "content": said }],
+            "tools": [],
+            "tool_choice": "auto",
+            "parallel_tool_calls": false,
+            "store": false,
+            "stream": true,
+            "include": [],
         })
     }
 
@@ -244,10 +246,9 @@ impl Line {
         let answer: Value = serde_json::from_str(answer.as_deref().unwrap_or("null"))?;
         socket.close().await;
         let code = &answer["error"]["code"];
-        let same = answer["type"] == "error"
-            && answer["status"] == 400
-            && code == "previous_response_not_found";
-        let refusal = (!same).then(|| format!("an unknown previous_response_id is an error frame with 400 previous_response_not_found: {} {} {code}", answer["type"], answer["status"]));
+        let told = format!("{} {} {code}", answer["type"], answer["status"]);
+        let differs = || format!("an unknown response is {UNKNOWN}: {told}");
+        let refusal = (told != UNKNOWN).then(differs);
         Ok((seen, refusal, took))
     }
 }

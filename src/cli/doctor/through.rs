@@ -1,11 +1,13 @@
-//! Whether what stands in front of the service lets everything pass. No turn is run: a WebSocket is opened and sent a frame that is refused,
-//! and a large body is refused. What only a running answer shows (buffering of event streams, idle time-outs) is not looked at.
+//! Whether what stands in front of the service lets everything pass: a WebSocket is opened and sent a frame that is refused, and a large
+//! body is refused. Whether event streams are held back shows only in an answer, so it is looked at where turns may be run; how long an idle
+//! connection is left alone is not looked at.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{StatusCode, header};
 use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::json;
 use tokio::time::timeout;
 use tokio_tungstenite::{
     WebSocketStream,
@@ -14,20 +16,23 @@ use tokio_tungstenite::{
 
 use super::{
     PATIENCE,
-    judge::{Finding, fail, ok, warn},
+    judge::{self, Finding, fail, ok, warn},
     said,
 };
 use crate::{config, upstream};
 
 /// More than proxies let pass unless they are told to, and far less than a conversation with images.
 const BODY: usize = 8 << 20;
+/// For a whole turn.
+const TURN: Duration = Duration::from_secs(120);
 /// For a frame's answer.
 const ECHO: Duration = Duration::from_secs(5);
 
-/// Looks.
+/// Looks; with a `model` it may run a turn, which the service books.
 pub(super) async fn run(
     url: &str,
     key: Option<&SecretString>,
+    model: Option<&str>,
     config: &config::Upstream,
 ) -> Vec<Finding> {
     let client = match upstream::client(config) {
@@ -63,11 +68,15 @@ pub(super) async fn run(
             )];
         }
     }
-    vec![
+    let mut found = vec![
         ok("through", format!("{url} leads to the service")),
         websocket(&client, url, key).await,
         body(&client, url, key).await,
-    ]
+    ];
+    if let (Some(model), Some(_)) = (model, key) {
+        found.push(stream(&client, url, key, model).await);
+    }
+    found
 }
 
 fn with(request: reqwest::RequestBuilder, key: Option<&SecretString>) -> reqwest::RequestBuilder {
@@ -153,10 +162,7 @@ async fn body(client: &reqwest::Client, url: &str, key: Option<&SecretString>) -
         .await
         .map(|answer| answer.status())
     {
-        Ok(StatusCode::BAD_REQUEST) => ok(
-            name,
-            format!("{mib} MiB pass; event streams and idle time-outs need a real turn to be seen"),
-        ),
+        Ok(StatusCode::BAD_REQUEST) => ok(name, format!("{mib} MiB pass")),
         Ok(StatusCode::UNAUTHORIZED) => ok(
             name,
             format!("{mib} MiB are not refused on the way; nothing more is seen without a key"),
@@ -173,8 +179,42 @@ async fn body(client: &reqwest::Client, url: &str, key: Option<&SecretString>) -
         ),
         Err(error) => fail(
             name,
-            said(error),
+            format!("{mib} MiB are refused on the way: {}", said(error)),
             "allow bodies of 64 MiB (nginx: client_max_body_size 64m)",
         ),
+    }
+}
+
+async fn stream(
+    client: &reqwest::Client,
+    url: &str,
+    key: Option<&SecretString>,
+    model: &str,
+) -> Finding {
+    let name = "through-sse";
+    let body = json!({ "model": model, "input": "Count from 1 to 30, in digits.", "stream": true });
+    let request = client.post(format!("{url}/v1/responses")).json(&body);
+    let asked = Instant::now();
+    let mut answer = match with(request, key).timeout(TURN).send().await {
+        Ok(answer) if answer.status() == StatusCode::OK => answer,
+        Ok(answer) => {
+            let seen = format!("a turn is answered {}", answer.status().as_u16());
+            return fail(name, seen, "`drawbridge explain` with its id says why");
+        }
+        Err(error) => {
+            return fail(
+                name,
+                said(error),
+                "look into the log of what stands in front",
+            );
+        }
+    };
+    let mut arrived = Vec::new();
+    loop {
+        match answer.chunk().await {
+            Ok(Some(_)) => arrived.push(asked.elapsed()),
+            Ok(None) => return judge::stream(&arrived),
+            Err(error) => return fail(name, said(error), "let long answers pass"),
+        }
     }
 }

@@ -15,7 +15,10 @@ use serde_json::json;
 
 use crate::{
     cli::Context,
-    db::sealed::{Counts, Done, SEALED},
+    db::{
+        self,
+        sealed::{Counts, Done, Pass, SEALED},
+    },
     replica::{self, Listed, Timing},
     secret::KeyRing,
 };
@@ -68,26 +71,8 @@ pub(super) async fn run(dry_run: bool, context: &Context) -> anyhow::Result<()> 
     let mut columns = Vec::new();
     for sealed in SEALED {
         let mut pass = sealed.pass(db, ring);
-        let mut told = Instant::now();
-        while !dry_run {
-            let began = Instant::now();
-            let more = pass.step().await?;
-            if told.elapsed() > PROGRESS && !json {
-                told = Instant::now();
-                let Done { seen, resealed, .. } = pass.done;
-                eprintln!(
-                    "{}.{}: {resealed} of {seen} sealed anew",
-                    sealed.table, sealed.column
-                );
-            }
-            if !more {
-                break;
-            }
-            // As much rest as work: the service comes first, and a slow database gets more of it.
-            tokio::time::sleep(began.elapsed()).await;
-        }
-        for reason in &pass.reasons {
-            eprintln!("left as it is: {reason}");
+        if !dry_run {
+            reseal(&mut pass, &format!("{}.{}", sealed.table, sealed.column)).await?;
         }
         columns.push(Column {
             table: sealed.table,
@@ -106,6 +91,28 @@ pub(super) async fn run(dry_run: bool, context: &Context) -> anyhow::Result<()> 
     let left: i64 = retiring.iter().map(|key| key.values).sum();
     if !dry_run && left > 0 {
         bail!("{left} values are still sealed under another key; what was said above is why");
+    }
+    Ok(())
+}
+
+/// Runs a pass to its end, and tells how it goes. As much rest as work: the service comes first, and a slow database gets more of it.
+async fn reseal(pass: &mut Pass<'_>, name: &str) -> Result<(), db::Error> {
+    let mut told = Instant::now();
+    loop {
+        let began = Instant::now();
+        let more = pass.step().await?;
+        if told.elapsed() > PROGRESS {
+            told = Instant::now();
+            let Done { seen, resealed, .. } = pass.done;
+            eprintln!("{name}: {resealed} of {seen} sealed anew");
+        }
+        if !more {
+            break;
+        }
+        tokio::time::sleep(began.elapsed()).await;
+    }
+    for reason in &pass.reasons {
+        eprintln!("left as it is: {reason}");
     }
     Ok(())
 }
@@ -180,7 +187,7 @@ fn print(ring: &KeyRing, columns: &[Column], retiring: &[Retiring], behind: &[St
     for column in columns {
         let done = column
             .done
-            .map_or("-".to_owned(), |done| done.resealed.to_string());
+            .map_or_else(|| "-".to_owned(), |done| done.resealed.to_string());
         let values: Vec<_> = column
             .values
             .iter()
