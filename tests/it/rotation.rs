@@ -381,7 +381,11 @@ async fn keys_rotate_over_three_replicas_under_load_without_an_error() {
     let plan = Plan {
         replicas: 3,
         accounts: &["alice", "bob"],
-        settings: &[("DRAWBRIDGE_DRAIN_DELAY", "300ms")],
+        // Not at a tenth of the times: the load is not to be taken for an outage.
+        settings: &[
+            ("DRAWBRIDGE_TEST_TIME_SCALE", "1"),
+            ("DRAWBRIDGE_DRAIN_DELAY", "300ms"),
+        ],
         ..Plan::default()
     };
     let mut cluster = Cluster::start_with(plan, &old).await;

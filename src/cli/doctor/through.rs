@@ -71,10 +71,12 @@ pub(super) async fn run(
     let mut found = vec![
         ok("through", format!("{url} leads to the service")),
         websocket(&client, url, key).await,
-        body(&client, url, key).await,
     ];
-    if let (Some(model), Some(_)) = (model, key) {
-        found.push(stream(&client, url, key, model).await);
+    if key.is_some() {
+        found.push(body(&client, url, key).await);
+        if let Some(model) = model {
+            found.push(stream(&client, url, key, model).await);
+        }
     }
     found
 }
@@ -105,7 +107,7 @@ async fn websocket(client: &reqwest::Client, url: &str, key: Option<&SecretStrin
             return warn(
                 name,
                 "the handshake arrives and wants a key",
-                "set DRAWBRIDGE_KEY to see whether frames pass",
+                "set DRAWBRIDGE_KEY to see whether frames and bodies pass",
             );
         }
         (StatusCode::UNAUTHORIZED, Some(_)) => {
@@ -163,10 +165,6 @@ async fn body(client: &reqwest::Client, url: &str, key: Option<&SecretString>) -
         .map(|answer| answer.status())
     {
         Ok(StatusCode::BAD_REQUEST) => ok(name, format!("{mib} MiB pass")),
-        Ok(StatusCode::UNAUTHORIZED) => ok(
-            name,
-            format!("{mib} MiB are not refused on the way; nothing more is seen without a key"),
-        ),
         Ok(StatusCode::PAYLOAD_TOO_LARGE) => fail(
             name,
             format!("{mib} MiB are refused on the way"),
