@@ -232,7 +232,11 @@ async fn database(found: &mut Vec<Finding>, db: &Db, ring: &KeyRing, config: &Co
             Some(url) => peer(url).await,
             None => Err(String::new()),
         };
-        found.push(judge::peer(&replica.name, endpoint, answer));
+        found.push(judge::peer(
+            &replica.name,
+            endpoint.map(bare).as_deref(),
+            answer,
+        ));
     }
     match probe::stored(db).await {
         Ok(stored) => found.extend(judge::stored(&stored, config.retention_days)),
@@ -336,7 +340,7 @@ async fn origins(config: &crate::config::Upstream) -> Vec<Finding> {
             .send()
             .await;
         let answer = answer.map(|answer| (answer.status().as_u16(), began.elapsed()));
-        found.push(judge::origin(name, url, answer.map_err(said)));
+        found.push(judge::origin(name, &bare(url), answer.map_err(said)));
     }
     found
 }
@@ -365,6 +369,18 @@ fn machine(config: &Config) -> Vec<Finding> {
         ));
     }
     found
+}
+
+/// A URL without user and password.
+fn bare(url: &str) -> String {
+    match url.split_once("://") {
+        Some((scheme, rest)) => {
+            let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+            let host = authority.rsplit('@').next().unwrap_or_default();
+            format!("{scheme}://{host}{path}")
+        }
+        None => url.to_owned(),
+    }
 }
 
 /// What went wrong, without a URL.

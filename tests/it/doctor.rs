@@ -207,7 +207,7 @@ async fn what_is_broken_is_found_by_its_name_and_decides_the_exit_code() {
     let database = format!("postgres://u:hunter2@{nowhere}/db");
     let redis = format!("redis://:hunter2@{nowhere}");
     let keys = KeyRing::generate("k1").expose_secret().to_owned();
-    let upstream = format!("http://{nowhere}");
+    let upstream = format!("http://u:hunter2@{nowhere}");
     for (settings, name, verdict, says) in [
         (&[][..], "replicas", "warn", "none runs"),
         (&[], "accounts", "ok", "1 active"),

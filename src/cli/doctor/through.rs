@@ -15,7 +15,7 @@ use tokio_tungstenite::{
 };
 
 use super::{
-    PATIENCE,
+    PATIENCE, bare,
     judge::{self, Finding, fail, ok, warn},
     said,
 };
@@ -35,6 +35,7 @@ pub(super) async fn run(
     model: Option<&str>,
     config: &config::Upstream,
 ) -> Vec<Finding> {
+    let shown = bare(url);
     let client = match upstream::client(config) {
         Ok(client) => client,
         Err(error) => {
@@ -53,7 +54,7 @@ pub(super) async fn run(
     match reached {
         Ok(answer) if answer.status() == StatusCode::OK => {}
         Ok(answer) => {
-            let seen = format!("{url}/livez answers {}", answer.status().as_u16());
+            let seen = format!("{shown}/livez answers {}", answer.status().as_u16());
             return vec![fail(
                 "through",
                 seen,
@@ -63,13 +64,13 @@ pub(super) async fn run(
         Err(error) => {
             return vec![fail(
                 "through",
-                format!("{url}: {}", said(error)),
+                format!("{shown}: {}", said(error)),
                 "open the way to it",
             )];
         }
     }
     let mut found = vec![
-        ok("through", format!("{url} leads to the service")),
+        ok("through", format!("{shown} leads to the service")),
         websocket(&client, url, key).await,
     ];
     if key.is_some() {

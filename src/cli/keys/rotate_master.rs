@@ -194,7 +194,14 @@ fn print(ring: &KeyRing, columns: &[Column], retiring: &[Retiring], behind: &[St
             .map(|(key, count)| format!("{key}: {count}"))
             .collect();
         let name = format!("{}.{}", column.table, column.column);
-        println!("{name:<36}  {done:>10}  {}", values.join(", "));
+        println!(
+            "{name:<36}  {done:>10}  {}",
+            if values.is_empty() {
+                "-".to_owned()
+            } else {
+                values.join(", ")
+            }
+        );
     }
     println!("\n{} seals.", ring.current_id());
     for key in retiring {
