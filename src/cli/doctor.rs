@@ -27,7 +27,7 @@ use crate::{
     bus::Redis,
     config::{Config, Database, MasterKeys},
     db::{
-        Db, Installation, OpenError, migrations, probe,
+        self, Db, Installation, OpenError, migrations, probe,
         sealed::{Counts, SEALED},
     },
     replica::{self, Timing},
@@ -35,6 +35,8 @@ use crate::{
     upstream,
 };
 
+/// What to do about a database that does not answer.
+const UNREACHABLE: &str = "is the server up, and are host, user and database of the URL right?";
 /// For a peer, and for an origin.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -154,105 +156,85 @@ fn line(finding: &Finding) -> String {
 
 /// Everything that the database tells.
 async fn database(found: &mut Vec<Finding>, db: &Db, ring: &KeyRing, config: &Config) {
-    let unreachable = "is the server up, and are host, user and database of the URL right?";
     let separate = match &config.database {
         Database::Embedded => false,
         Database::External { pooled, direct } => pooled.expose_secret() != direct.expose_secret(),
     };
-    let there = match probe::server(db).await {
-        Ok(server) => {
-            found.push(judge::server("database", &server));
-            true
-        }
-        Err(error) => {
-            found.push(fail("database", error.to_string(), unreachable));
-            false
-        }
-    };
-    let vital = db.vital();
-    let server = match probe::server(&vital).await {
-        Ok(server) => {
-            if separate {
-                found.push(judge::server("direct", &server));
-            }
-            match probe::direct(db).await {
-                Ok(direct) => found.push(judge::direct(direct, config.redis.is_some())),
-                Err(error) => found.push(fail("direct-url", error.to_string(), unreachable)),
-            }
-            Some(server)
-        }
-        Err(error) if separate => {
-            found.push(fail("direct", error.to_string(), unreachable));
-            None
-        }
-        Err(_) => None,
-    };
-    if !there {
-        return;
+    let pooled = probe::server(db).await;
+    found.push(match &pooled {
+        Ok(server) => judge::server("database", server),
+        Err(error) => fail("database", error.to_string(), UNREACHABLE),
+    });
+    let direct = probe::server(&db.vital()).await;
+    match &direct {
+        Ok(server) if separate => found.push(judge::server("direct", server)),
+        Err(error) if separate => found.push(fail("direct", error.to_string(), UNREACHABLE)),
+        _ => {}
     }
-    if db.learn_time().await.is_ok() {
-        found.push(judge::clock(db.clock().offset()));
+    if direct.is_ok() {
+        found.push(match probe::direct(db).await {
+            Ok(direct) => judge::direct(direct, config.redis.is_some()),
+            Err(error) => fail("direct-url", error.to_string(), UNREACHABLE),
+        });
     }
-    let schema = match probe::applied(db).await {
-        Ok(applied) => judge::schema(&migrations(), &applied),
-        Err(error) => fail("schema", error.to_string(), unreachable),
-    };
+    if pooled.is_ok()
+        && let Err(error) = stored(found, db, ring, config, direct.ok(), separate).await
+    {
+        found.push(fail("database", error.to_string(), UNREACHABLE));
+    }
+}
+
+/// What the tables tell; no more than the schema, where that is not ours.
+async fn stored(
+    found: &mut Vec<Finding>,
+    db: &Db,
+    ring: &KeyRing,
+    config: &Config,
+    server: Option<probe::Server>,
+    separate: bool,
+) -> Result<(), db::Error> {
+    db.learn_time().await?;
+    found.push(judge::clock(db.clock().offset()));
+    let schema = judge::schema(&migrations(), &probe::applied(db).await?);
     let usable = schema.verdict != Verdict::Fail;
     found.push(schema);
     if !usable {
-        return;
+        return Ok(());
     }
     let timing = Timing::FULL.scaled(config.time_scale);
-    let listed = replica::list(db, timing).await.unwrap_or_default();
-    let running = listed.iter().filter(|replica| replica.may_run());
+    let listed = replica::list(db, timing).await?;
+    let running: Vec<_> = listed.iter().filter(|listed| listed.may_run()).collect();
     if let Some(server) = server {
-        found.push(judge::connections(
-            &server,
-            running.clone().count().max(1),
-            separate,
-        ));
+        let replicas = running.len().max(1);
+        found.push(judge::connections(&server, replicas, separate));
     }
     found.push(keys(db, ring).await);
-    if let Ok(counts) = counts(db).await {
-        found.push(judge::sealed(
-            &counts,
-            ring.current_id(),
-            &ring.ids().collect::<Vec<_>>(),
-        ));
-    }
-    found.extend(judge::replicas(
-        &listed,
-        &ring.fingerprints(),
-        timing.heartbeat * 2 + timing.patience,
-    ));
-    let peers = running.clone().filter(|replica| replica.state != "silent");
-    for replica in peers.filter(|_| running.clone().count() > 1) {
-        let endpoint = replica.endpoint.as_deref();
-        let answer = match endpoint {
-            Some(url) => peer(url).await,
-            None => Err(String::new()),
-        };
-        found.push(judge::peer(
-            &replica.name,
-            endpoint.map(bare).as_deref(),
-            answer,
-        ));
-    }
-    match probe::stored(db).await {
-        Ok(stored) => found.extend(judge::stored(&stored, config.retention_days)),
-        Err(error) => found.push(fail("volume", error.to_string(), unreachable)),
-    }
-    if let Ok(Some(installation)) = Installation::known(db, ring).await {
-        let accounts = Accounts::new(db.clone(), ring.clone(), installation.pepper);
-        match accounts.load_all().await {
-            Ok(all) => found.push(judge::accounts(
-                &all.iter()
-                    .map(|account| account.lifecycle)
-                    .collect::<Vec<_>>(),
-            )),
-            Err(error) => found.push(fail("accounts", error.to_string(), unreachable)),
+    let ids: Vec<_> = ring.ids().collect();
+    found.push(judge::sealed(&counts(db).await?, ring.current_id(), &ids));
+    let late = timing.heartbeat * 2 + timing.patience;
+    found.extend(judge::replicas(&listed, &ring.fingerprints(), late));
+    for replica in running.iter().filter(|replica| replica.state != "silent") {
+        if running.len() > 1 {
+            let endpoint = replica.endpoint.as_deref();
+            let answer = match endpoint {
+                Some(url) => peer(url).await,
+                None => Err(String::new()),
+            };
+            let shown = endpoint.map(bare);
+            found.push(judge::peer(&replica.name, shown.as_deref(), answer));
         }
     }
+    found.extend(judge::stored(
+        &probe::stored(db).await?,
+        config.retention_days,
+    ));
+    if let Ok(Some(Installation { pepper })) = Installation::known(db, ring).await {
+        let accounts = Accounts::new(db.clone(), ring.clone(), pepper);
+        let all = accounts.load_all().await?;
+        let all: Vec<_> = all.iter().map(|account| account.lifecycle).collect();
+        found.push(judge::accounts(&all));
+    }
+    Ok(())
 }
 
 /// Whether the ring is this database's.
@@ -278,7 +260,7 @@ async fn keys(db: &Db, ring: &KeyRing) -> Finding {
     }
 }
 
-async fn counts(db: &Db) -> Result<Counts, crate::db::Error> {
+async fn counts(db: &Db) -> Result<Counts, db::Error> {
     let mut all = Counts::new();
     for sealed in SEALED {
         for (key, count) in sealed.count(db).await? {
