@@ -7,6 +7,7 @@
 )]
 
 mod accounts;
+mod doctor;
 mod explain;
 mod keys;
 mod leases;
@@ -71,6 +72,8 @@ enum Command {
         /// The id of a turn or of a request, as the log has it
         id: TurnId,
     },
+    /// Look at everything that the service stands on, and say what to do
+    Doctor(doctor::DoctorArgs),
     /// Bring the database schema up to date
     Migrate,
     /// Check the settings and print them
@@ -184,6 +187,9 @@ impl Cli {
                     explain::run(id, context).await
                 })
                 .await?;
+            }
+            Command::Doctor(args) => {
+                return doctor::run(args, &config, &unknown, self.json).await;
             }
             Command::Migrate => {
                 let data = Data::open(&config).await?;

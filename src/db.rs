@@ -12,6 +12,8 @@ pub mod embedded;
 mod error;
 mod installation;
 mod migrate;
+pub mod probe;
+pub mod sealed;
 mod stmt;
 mod tls;
 mod tx;
@@ -26,16 +28,18 @@ pub use self::{
     clock::Clock,
     error::{Class, Error},
     installation::{INSTALLATION_STATEMENTS, Installation, OpenError},
-    migrate::migrate,
+    migrate::{Migration, migrate, migrations},
     stmt::{LockClass, Stmt},
     tls::{Endpoint, EndpointError},
     tx::Tx,
 };
 
 /// Largest number of connections of the main pool.
-const MAIN_CONNECTIONS: usize = 16;
+pub const MAIN_CONNECTIONS: usize = 16;
 /// Connections for heartbeats alone, on the direct URL.
 const VITAL_CONNECTIONS: usize = 2;
+/// What a process has open on the direct URL: heartbeats, and LISTEN.
+pub const DIRECT_CONNECTIONS: usize = VITAL_CONNECTIONS + 1;
 
 /// A handle to one database; clones share its pools.
 #[derive(Clone)]

@@ -107,13 +107,31 @@ pub struct Listed {
     pub heartbeat_age_seconds: f64,
     /// `alive`, `draining`, `silent` (its heartbeat has run out, nobody has buried it) or `dead`.
     pub state: String,
+    /// When it was declared dead.
+    pub dead_at: Option<Timestamp>,
+    /// Its release; none = one that did not say.
+    pub version: Option<String>,
+    /// [`KeyRing::fingerprints`](crate::secret::KeyRing::fingerprints) of its ring; none as above.
+    pub master_keys: Option<Vec<String>>,
 }
+
+impl Listed {
+    /// Whether its process may still run: nobody has declared it dead.
+    #[must_use]
+    pub fn may_run(&self) -> bool {
+        self.dead_at.is_none()
+    }
+}
+
+/// The release of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// This process in the fleet. Clones share its present incarnation.
 #[derive(Clone, Debug)]
 pub struct Replica {
     name: String,
     endpoint: Option<String>,
+    master_keys: Vec<String>,
     timing: Timing,
     db: Db,
     boot: watch::Sender<BootId>,
@@ -126,6 +144,7 @@ pub struct Replica {
 
 impl Replica {
     /// Registers the first incarnation. `endpoint` is the URL at which peers reach this process; none if they must not forward to it.
+    /// `master_keys` are the fingerprints of its ring.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -133,11 +152,13 @@ impl Replica {
         db: &Db,
         name: &str,
         endpoint: Option<String>,
+        master_keys: Vec<String>,
         timing: Timing,
     ) -> Result<Self, Error> {
         let replica = Self {
             name: name.to_owned(),
             endpoint,
+            master_keys,
             timing,
             db: db.vital(),
             boot: watch::Sender::new(BootId::new()),
@@ -328,6 +349,8 @@ impl Replica {
             endpoint: self.endpoint.as_deref(),
             ttl: self.timing.ttl,
             draining: self.draining.load(Ordering::Acquire),
+            version: VERSION,
+            master_keys: &self.master_keys,
             before,
         };
         let timeline = store::timeline(connection).await?;

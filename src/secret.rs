@@ -109,6 +109,21 @@ impl KeyRing {
         &self.current().id
     }
 
+    /// `id:fingerprint` of every key, the one that seals first. They tell keys of one id apart and say nothing of their values.
+    #[must_use]
+    pub fn fingerprints(&self) -> Vec<String> {
+        let fingerprint = |key: &MasterKey| {
+            let [a, b, c, d, ..] = derive(&key.root, "fingerprint");
+            format!("{}:{:08x}", key.id, u32::from_be_bytes([a, b, c, d]))
+        };
+        self.0.iter().map(fingerprint).collect()
+    }
+
+    /// Ids of every key, the one that seals first.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|key| key.id.as_str())
+    }
+
     /// Seals `plain` for one place.
     #[must_use]
     pub fn seal(&self, place: Place<'_>, plain: &[u8]) -> Vec<u8> {
@@ -138,13 +153,7 @@ impl KeyRing {
     /// # Errors
     /// [`Error::UnknownKey`] or [`Error::Broken`].
     pub fn open(&self, place: Place<'_>, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, Error> {
-        let (id, rest) = match sealed {
-            [FORMAT, length, rest @ ..] => rest
-                .split_at_checked(usize::from(*length))
-                .ok_or(Error::Broken)?,
-            _ => return Err(Error::Broken),
-        };
-        let id = std::str::from_utf8(id).map_err(|_| Error::Broken)?;
+        let (id, rest) = split(sealed).ok_or(Error::Broken)?;
         let (nonce, sealed) = rest.split_first_chunk::<NONCE>().ok_or(Error::Broken)?;
         let key = self
             .0
@@ -195,6 +204,22 @@ impl KeyRing {
             .first()
             .expect("`parse` yields at least one key or an error")
     }
+}
+
+/// The beginning of a sealed value up to its nonce: no other sealing has the same.
+#[must_use]
+pub fn head(sealed: &[u8]) -> &[u8] {
+    let head = split(sealed).map_or(0, |(id, _)| 2 + id.len() + NONCE);
+    &sealed[..head.min(sealed.len())]
+}
+
+/// The id of the key that sealed a value, and what follows it.
+fn split(sealed: &[u8]) -> Option<(&str, &[u8])> {
+    let [FORMAT, length, rest @ ..] = sealed else {
+        return None;
+    };
+    let (id, rest) = rest.split_at_checked(usize::from(*length))?;
+    Some((std::str::from_utf8(id).ok()?, rest))
 }
 
 impl fmt::Debug for KeyRing {
@@ -365,6 +390,18 @@ mod tests {
         assert_eq!(token, ring.derived("token"));
         assert_ne!(token[0].1, ring.derived("forward")[0].1);
         assert_ne!(ring.derived("seal")[0].1, derive(&ring.0[0].root, "seal"));
+    }
+
+    #[test]
+    fn a_head_is_of_one_sealing_and_a_fingerprint_of_one_key() {
+        let (ring, other) = (ring(&["a"]), ring(&["a"]));
+        let (one, two) = (ring.seal(PLACE, b"secret"), ring.seal(PLACE, b"secret"));
+        assert_ne!(head(&one), head(&two));
+        assert!(one.starts_with(head(&one)) && head(&one).len() < one.len());
+        assert!(head(&[]).is_empty() && head(&[FORMAT, 200, 1]).is_empty());
+        assert_eq!(ring.fingerprints(), ring.fingerprints());
+        assert_ne!(ring.fingerprints(), other.fingerprints());
+        assert!(ring.fingerprints()[0].starts_with("a:"));
     }
 
     #[test]

@@ -132,7 +132,8 @@ impl Server {
             _ => None,
         };
         let timing = Timing::FULL.scaled(config.time_scale);
-        let replica = Replica::register(&db, &config.replica_name, endpoint, timing).await?;
+        let name = &config.replica_name;
+        let replica = Replica::register(&db, name, endpoint, ring.fingerprints(), timing).await?;
         let accounts = Accounts::new(db.clone(), ring.clone(), installation.pepper.clone());
         let leases = Leases::new(db.clone());
         let snapshots = Snapshots::new(db.clone(), ring.clone(), config.snapshots);

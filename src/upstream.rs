@@ -209,7 +209,10 @@ impl Upstream {
 }
 
 /// The one client of all egress: system proxies, HTTP/1.1 (a stream has its connection to itself), no redirects, no hidden retries.
-fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
+///
+/// # Errors
+/// If the CA file cannot be read.
+pub fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
     let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     if let Some(path) = &config.ca_file {
         let read = || format!("DRAWBRIDGE_CA_FILE: cannot read {}", path.display());

@@ -72,6 +72,46 @@ impl Redis {
     }
 }
 
+impl Redis {
+    /// Asks whether it lives and passes messages on: how long a message to ourselves took.
+    ///
+    /// # Errors
+    /// If it cannot be reached, or the message does not arrive within a second.
+    pub async fn probe(&self) -> Result<Duration, RedisError> {
+        let arrived = Arc::new(Notify::new());
+        let hint = Arc::clone(&arrived);
+        let config = AsyncConnectionConfig::new().set_push_sender(move |push: PushInfo| {
+            if push.kind == PushKind::Message {
+                hint.notify_one();
+            }
+            Ok::<_, Infallible>(())
+        });
+        let channel = format!("{CHANNEL}-probe-{}", uuid::Uuid::new_v4());
+        let asked = async {
+            let client = &self.0;
+            let connection = client.get_multiplexed_async_connection_with_config(&config);
+            let mut connection = connection.await?;
+            redis::cmd("PING").exec_async(&mut connection).await?;
+            connection.subscribe(&channel).await?;
+            let sent = Instant::now();
+            let publish = redis::cmd("PUBLISH").arg(&channel).arg("").clone();
+            publish.exec_async(&mut connection).await?;
+            arrived.notified().await;
+            Ok(sent.elapsed())
+        };
+        let late = || {
+            (
+                redis::ErrorKind::Io,
+                "no answer, or no message, within a second",
+            )
+                .into()
+        };
+        timeout(LAST_WORDS, asked)
+            .await
+            .unwrap_or_else(|_| Err(late()))
+    }
+}
+
 /// Why a process without a bus told nothing.
 #[derive(Debug, thiserror::Error)]
 enum Untold {

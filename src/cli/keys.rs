@@ -1,5 +1,7 @@
 //! `drawbridge keys`: makes, renews, lists and takes back client keys.
 
+mod rotate_master;
+
 use std::collections::HashMap;
 
 use anyhow::bail;
@@ -50,6 +52,12 @@ pub(super) enum KeysCommand {
         /// Print the key alone
         #[arg(long, conflicts_with = "json")]
         quiet: bool,
+    },
+    /// Seal everything that is stored under the first master key, while the service runs; then the others can go
+    RotateMaster {
+        /// Only count what is sealed under which key
+        #[arg(long)]
+        dry_run: bool,
     },
     /// List every key, also those that were taken back
     List,
@@ -161,6 +169,7 @@ pub(super) async fn run(command: KeysCommand, context: &Context) -> anyhow::Resu
             let created = api_key::rotate(db, &installation.pepper, id).await?;
             print_secret(&created, context.json, quiet);
         }
+        KeysCommand::RotateMaster { dry_run } => rotate_master::run(dry_run, context).await?,
         KeysCommand::List => {
             let keys = api_key::list(db).await?;
             if context.json {

@@ -30,8 +30,15 @@ impl Clock {
     /// The database's time.
     #[must_use]
     pub fn now(&self) -> Timestamp {
-        let offset = SignedDuration::from_micros(self.offset.load(Ordering::Relaxed));
-        local().saturating_add(offset).unwrap_or(Timestamp::MAX)
+        local()
+            .saturating_add(self.offset())
+            .unwrap_or(Timestamp::MAX)
+    }
+
+    /// Database minus local time.
+    #[must_use]
+    pub fn offset(&self) -> SignedDuration {
+        SignedDuration::from_micros(self.offset.load(Ordering::Relaxed))
     }
 
     /// Reads the database's time on a given connection and keeps the offset.

@@ -41,6 +41,11 @@ static DRAW: Stmt = Stmt {
 pub static INSTALLATION_STATEMENTS: &[&Stmt] = &[&GET, &DRAW];
 
 const PEPPER: &str = "pepper";
+const PLACE: Place<'static> = Place {
+    table: "installation",
+    row: PEPPER,
+    column: "sealed",
+};
 
 impl Installation {
     /// Opens the installation's secrets, drawing them if the database is new. The sealed pepper is the canary: a ring that does not open
@@ -49,28 +54,27 @@ impl Installation {
     /// # Errors
     /// [`OpenError::Keys`] if the ring is not the one of this database.
     pub async fn open(db: &Db, ring: &KeyRing) -> Result<Self, OpenError> {
-        let place = Place {
-            table: "installation",
-            row: PEPPER,
-            column: "sealed",
-        };
-        let sealed = ring.seal(place, &random::<[u8; 32]>());
-        let connection = db.connection().await?;
-        let stored: Vec<u8> = match connection.opt(&GET, &[&PEPPER]).await? {
-            Some(row) => row.try_get(0).map_err(Error::from)?,
-            None => {
-                connection.exec(&DRAW, &[&PEPPER, &sealed]).await?;
-                connection
-                    .one(&GET, &[&PEPPER])
-                    .await?
-                    .try_get(0)
-                    .map_err(Error::from)?
+        let sealed = ring.seal(PLACE, &random::<[u8; 32]>());
+        loop {
+            if let Some(known) = Self::known(db, ring).await? {
+                return Ok(known);
             }
+            db.exec(&DRAW, &[&PEPPER, &sealed]).await?;
+        }
+    }
+
+    /// The same, if they were drawn.
+    ///
+    /// # Errors
+    /// As [`Installation::open`].
+    pub async fn known(db: &Db, ring: &KeyRing) -> Result<Option<Self>, OpenError> {
+        let Some(row) = db.opt(&GET, &[&PEPPER]).await? else {
+            return Ok(None);
         };
-        let plain = ring.open(place, &stored)?;
+        let plain = ring.open(PLACE, row.try_get(0).map_err(Error::from)?)?;
         let bytes = <[u8; 32]>::try_from(plain.as_slice()).map_err(|_| secret::Error::Broken)?;
-        Ok(Self {
+        Ok(Some(Self {
             pepper: Pepper::new(bytes),
-        })
+        }))
     }
 }

@@ -10,6 +10,34 @@ mod embedded {
     refinery::embed_migrations!("migrations");
 }
 
+/// A migration as the database records it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// Its number.
+    pub version: i64,
+    /// Its name.
+    pub name: String,
+    /// Of its text.
+    pub checksum: String,
+}
+
+/// The migrations of this program, in order.
+#[must_use]
+pub fn migrations() -> Vec<Migration> {
+    let runner = embedded::migrations::runner();
+    let mut ours: Vec<_> = runner
+        .get_migrations()
+        .iter()
+        .map(|migration| Migration {
+            version: i64::from(migration.version()),
+            name: migration.name().to_owned(),
+            checksum: migration.checksum().to_string(),
+        })
+        .collect();
+    ours.sort_by_key(|migration| migration.version);
+    ours
+}
+
 static LOCK: Stmt = Stmt {
     name: "db.MIGRATION_LOCK",
     sql: "select pg_advisory_xact_lock($1, 0)",

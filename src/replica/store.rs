@@ -11,10 +11,10 @@ use crate::{
 
 statements! { "replica";
     /// A fresh random key: no race. The tombstone of the incarnation before is set with it, so that no two of one process ever live.
-    REGISTER: [UUID, TEXT, TEXT, FLOAT8, BOOL, UUID] = "
+    REGISTER: [UUID, TEXT, TEXT, FLOAT8, BOOL, UUID, TEXT, TEXT_ARRAY] = "
         with before as (update bridge_replicas set dead_at = clock_timestamp() where boot_id = $6 and dead_at is null)
-        insert into bridge_replicas (boot_id, replica_name, endpoint_url, expires_at, draining_at)
-        values ($1, $2, $3, clock_timestamp() + make_interval(secs => $4), case when $5 then clock_timestamp() end)";
+        insert into bridge_replicas (boot_id, replica_name, endpoint_url, expires_at, draining_at, version, master_keys)
+        values ($1, $2, $3, clock_timestamp() + make_interval(secs => $4), case when $5 then clock_timestamp() end, $7, $8)";
 
     /// Serialises with BURY on the row. Late is fine while unburied, and told; no row means dead.
     BEAT: [UUID, FLOAT8] = "
@@ -47,7 +47,8 @@ statements! { "replica";
         select boot_id, replica_name, endpoint_url, started_at,
             extract(epoch from clock_timestamp() - expires_at)::float8 + $1,
             case when dead_at is not null then 'dead' when expires_at <= clock_timestamp() then 'silent'
-                 when draining_at is not null then 'draining' else 'alive' end
+                 when draining_at is not null then 'draining' else 'alive' end,
+            dead_at, version, master_keys
         from bridge_replicas order by started_at desc, boot_id";
 
     /// Tombstones are monotone, so what is chosen stays prunable; replicas that prune at once share the rows between them. Nobody who
@@ -65,6 +66,8 @@ pub(super) struct New<'a> {
     pub(super) endpoint: Option<&'a str>,
     pub(super) ttl: Duration,
     pub(super) draining: bool,
+    pub(super) version: &'a str,
+    pub(super) master_keys: &'a [String],
     /// The incarnation of this process that it follows.
     pub(super) before: Option<BootId>,
 }
@@ -81,6 +84,8 @@ pub(super) async fn register(connection: &Connection, new: New<'_>) -> Result<()
                 &ttl,
                 &new.draining,
                 &new.before,
+                &new.version,
+                &new.master_keys,
             ],
         )
         .await
@@ -151,6 +156,9 @@ pub(super) async fn list(db: &Db, ttl: Duration) -> Result<Vec<Listed>, Error> {
                 started_at: row.try_get(3)?,
                 heartbeat_age_seconds: row.try_get(4)?,
                 state: row.try_get(5)?,
+                dead_at: row.try_get(6)?,
+                version: row.try_get(7)?,
+                master_keys: row.try_get(8)?,
             })
         })
         .collect()

@@ -82,8 +82,8 @@ pub enum CredentialError {
     #[error("the token endpoint does not help at present")]
     Transient,
     /// What is stored could not be read or opened, or fresh tokens not be stored.
-    #[error("the stored credential cannot be used")]
-    Db(#[source] Arc<account::Error>),
+    #[error("the stored credential cannot be used: {0}")]
+    Db(Arc<account::Error>),
 }
 
 impl CredentialError {

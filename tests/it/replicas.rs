@@ -33,7 +33,7 @@ struct Beating {
 impl Beating {
     async fn start(db: &Db, name: &str) -> Self {
         let endpoint = Some(format!("http://{name}:2456"));
-        let replica = Replica::register(db, name, endpoint, timing())
+        let replica = Replica::register(db, name, endpoint, Vec::new(), timing())
             .await
             .unwrap();
         let tasks = Tasks::new();
@@ -238,12 +238,14 @@ async fn a_registration_declares_its_predecessor_dead_in_the_same_statement() {
     let (first, second) = (BootId::new(), BootId::new());
     let register = statement("replica.REGISTER");
     for (boot, before) in [(first, None), (second, Some(first))] {
-        let (endpoint, draining) = (None::<&str>, false);
+        let (endpoint, draining, keys) = (None::<&str>, false, Vec::<String>::new());
         store
             .db
             .exec(
                 register,
-                &[&boot, &"x", &endpoint, &60.0, &draining, &before],
+                &[
+                    &boot, &"x", &endpoint, &60.0, &draining, &before, &"1", &keys,
+                ],
             )
             .await
             .unwrap();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use drawbridge::{
     account, api_key, bus,
-    db::{INSTALLATION_STATEMENTS, Stmt, dependents},
+    db::{INSTALLATION_STATEMENTS, Stmt, dependents, probe, sealed::SEALED},
     lease, ledger, poll, quota, replica, snapshot,
 };
 
@@ -33,7 +33,10 @@ async fn the_schema_accepts_every_statement() {
         .iter()
         .flat_map(|(_, statements)| statements.iter())
         .chain(INSTALLATION_STATEMENTS)
-        .chain(dependents::STATEMENTS);
+        .chain(dependents::STATEMENTS)
+        .chain(probe::STATEMENTS)
+        .copied()
+        .chain(SEALED.iter().flat_map(|sealed| sealed.statements()));
     for statement in all {
         let checked = connection.check(statement).await;
         assert!(checked.is_ok(), "{}: {checked:?}", statement.name);

@@ -13,7 +13,7 @@ use drawbridge::{
 };
 use loadtest::upstream::Upstream;
 use reqwest::{RequestBuilder, Response};
-use secrecy::ExposeSecret as _;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_postgres::Client;
@@ -28,6 +28,8 @@ pub(crate) struct House {
     /// For looking behind the service's back.
     pub(crate) client: Client,
     pub(crate) ring: KeyRing,
+    /// The same as text.
+    pub(crate) keys: SecretString,
     pub(crate) installation: Installation,
     pub(crate) http: reqwest::Client,
     key: Option<String>,
@@ -92,7 +94,8 @@ impl House {
         let upstream = Upstream::start(plan.upstream.clone()).await;
         let endpoint = Endpoint::parse(&test.url).unwrap();
         let db = Db::new(&endpoint, &endpoint).unwrap();
-        let ring = KeyRing::parse(&KeyRing::generate("k1")).unwrap();
+        let keys = KeyRing::generate("k1");
+        let ring = KeyRing::parse(&keys).unwrap();
         let installation = Installation::open(&db, &ring).await.unwrap();
         db.learn_time().await.unwrap();
         let accounts = Accounts::new(db.clone(), ring.clone(), installation.pepper.clone());
@@ -113,6 +116,7 @@ impl House {
             client: test.connect().await,
             db,
             ring,
+            keys,
             installation,
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
             key,
