@@ -193,6 +193,17 @@ pub struct Listed {
     pub retain_until: jiff::Timestamp,
 }
 
+/// Which leases people want to see.
+#[derive(Debug, Default)]
+pub struct Which {
+    /// This one alone.
+    pub lease: Option<LeaseId>,
+    /// Those in a turn, the longest first; otherwise the last used come first.
+    pub busy: bool,
+    /// Those of a replica, by its name.
+    pub owner: Option<String>,
+}
+
 /// The leases. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Leases {
@@ -285,12 +296,24 @@ impl Leases {
         }
     }
 
-    /// Every lease, or one; the newest first, at most `limit`.
+    /// Leases, at most `limit`.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn list(&self, only: Option<LeaseId>, limit: u32) -> Result<Vec<Listed>, Error> {
-        store::list(&self.db, only, limit).await
+    pub async fn list(&self, which: &Which, limit: u32) -> Result<Vec<Listed>, Error> {
+        store::list(&self.db, which, limit).await
+    }
+
+    /// One lease, as people see it.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn show(&self, lease: LeaseId) -> Result<Option<Listed>, Error> {
+        let which = Which {
+            lease: Some(lease),
+            ..Which::default()
+        };
+        Ok(self.list(&which, 1).await?.pop())
     }
 
     /// Frees a lease whoever owns it: its owner is fenced from now on. False if there is no such lease.

@@ -26,7 +26,7 @@ pub(super) async fn run(id: TurnId, context: &Context) -> anyhow::Result<()> {
     })?;
     let turn = record.turn.as_ref();
     let lease = match turn.and_then(|turn| turn.lease_id) {
-        Some(lease) => Leases::new(db.clone()).list(Some(lease), 1).await?.pop(),
+        Some(lease) => Leases::new(db.clone()).show(lease).await?,
         None => None,
     };
     let found = match turn.and_then(|turn| Some((turn.scope_id, turn.response_id.as_ref()?))) {

@@ -2,12 +2,13 @@
 
 use anyhow::bail;
 use clap::Subcommand;
+use jiff::Timestamp;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, quota::span};
 use crate::{
     ids::LeaseId,
-    lease::{Leases, Listed},
+    lease::{Leases, Listed, Which},
 };
 
 /// What to do with leases.
@@ -15,6 +16,12 @@ use crate::{
 pub(super) enum LeasesCommand {
     /// List the leases, the last used first
     List {
+        /// Those in a turn alone, the longest first
+        #[arg(long)]
+        busy: bool,
+        /// Those of this replica alone
+        #[arg(long, value_name = "NAME")]
+        owner: Option<String>,
         /// So many at most
         #[arg(long, default_value_t = 100)]
         limit: u32,
@@ -37,14 +44,19 @@ pub(super) enum LeasesCommand {
 /// Of the database, or if there is no such lease.
 pub(super) async fn run(command: LeasesCommand, context: &Context) -> anyhow::Result<()> {
     let leases = Leases::new(context.db.clone());
-    let find = async |lease| match leases.list(Some(lease), 1).await?.pop() {
+    let find = async |lease| match leases.show(lease).await? {
         Some(found) => Ok(found),
         None => bail!("there is no lease {lease}"),
     };
     let (value, text) = match command {
-        LeasesCommand::List { limit } => {
-            let listed = leases.list(None, limit).await?;
-            (json!(listed), table(&listed))
+        LeasesCommand::List { busy, owner, limit } => {
+            let which = Which {
+                lease: None,
+                busy,
+                owner,
+            };
+            let listed = leases.list(&which, limit).await?;
+            (json!(listed), table(&listed, context.db.clock().now()))
         }
         LeasesCommand::Show { lease } => {
             let lease = find(lease).await?;
@@ -70,22 +82,21 @@ pub(super) async fn run(command: LeasesCommand, context: &Context) -> anyhow::Re
     Ok(())
 }
 
-fn table(leases: &[Listed]) -> String {
+fn table(leases: &[Listed], now: Timestamp) -> String {
     let heading = format!(
-        "{:<36}  {:<12}  {:<8}  {:<4}  {:>6}  {:<16}  OWNER",
+        "{:<36}  {:<12}  {:<8}  {:<7}  {:>6}  {:<16}  OWNER",
         "LEASE", "KEY", "STATE", "BUSY", "TURNS", "LAST TURN (UTC)"
     );
     let row = |lease: &Listed| {
+        let busy = lease
+            .busy_since
+            .map(|since| span(now.duration_since(since).as_secs()));
         format!(
-            "{:<36}  {:<12}  {:<8}  {:<4}  {:>6}  {:<16}  {}",
+            "{:<36}  {:<12}  {:<8}  {:<7}  {:>6}  {:<16}  {}",
             lease.lease_id.to_string(),
             lease.key_kind,
             lease.owner_state,
-            if lease.busy_turn.is_some() {
-                "yes"
-            } else {
-                "-"
-            },
+            busy.as_deref().unwrap_or("-"),
             lease.turn_seq,
             lease.last_turn_at.strftime("%Y-%m-%d %H:%M").to_string(),
             lease.owner.as_deref().unwrap_or("-"),

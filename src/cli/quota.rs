@@ -254,7 +254,7 @@ fn length(minutes: u32) -> String {
 }
 
 /// Roughly so long, never negative.
-fn span(seconds: i64) -> String {
+pub(super) fn span(seconds: i64) -> String {
     match seconds.max(0) {
         seconds @ ..120 => format!("{seconds} s"),
         seconds @ ..7_200 => format!("{} min", seconds / 60),

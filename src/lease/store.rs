@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio_postgres::Row as PgRow;
 
-use super::{Held, Key, Kind, Listed, Owner, Row};
+use super::{Held, Key, Kind, Listed, Owner, Row, Which};
 use crate::{
     db::{Db, Error, LockClass},
     ids::{BootId, LeaseId, ScopeId},
@@ -114,15 +114,15 @@ statements! { "lease";
         )
         delete from http_bridge_leases l using old where l.lease_id = old.lease_id";
 
-    /// For people.
-    LIST: [UUID, INT8] = "
+    /// For people: one, those in a turn with the longest first, those of an owner, or all with the last used first.
+    LIST: [UUID, INT8, BOOL, TEXT] = "
         select l.lease_id, l.scope_id, l.key_kind, l.generation, r.replica_name, l.owner_boot,
             case when l.owner_boot is null then 'free' when r.dead_at is not null then 'dead' when r.expires_at < clock_timestamp() then 'silent'
                 when r.draining_at is not null then 'draining' else 'alive' end,
             l.busy_turn, l.busy_since, l.turn_seq, l.account_id, l.head_response_id, l.taken_at, l.last_turn_at, l.retain_until
         from http_bridge_leases l left join bridge_replicas r on r.boot_id = l.owner_boot
-        where $1 is null or l.lease_id = $1
-        order by l.last_turn_at desc limit $2";
+        where ($1 is null or l.lease_id = $1) and (not $3 or l.busy_turn is not null) and ($4 is null or r.replica_name = $4)
+        order by case when $3 then l.busy_since end, l.last_turn_at desc limit $2";
 
     /// An operator's word stands above the owner's: the new generation fences it.
     FREE: [UUID] = "
@@ -225,8 +225,11 @@ pub(super) async fn purge(db: &Db, limit: i64) -> Result<u64, Error> {
         .await
 }
 
-pub(super) async fn list(db: &Db, only: Option<LeaseId>, limit: u32) -> Result<Vec<Listed>, Error> {
-    let rows = db.all(&LIST, &[&only, &i64::from(limit)]).await?;
+pub(super) async fn list(db: &Db, which: &Which, limit: u32) -> Result<Vec<Listed>, Error> {
+    let Which { lease, busy, owner } = which;
+    let rows = db
+        .all(&LIST, &[lease, &i64::from(limit), busy, owner])
+        .await?;
     rows.iter()
         .map(|row| {
             Ok(Listed {
