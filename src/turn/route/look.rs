@@ -132,12 +132,14 @@ impl Router {
             return Ok(self.away(evidence, key, lease, socket));
         }
         let mut row = None;
-        // A session here is believed until a turn of it is fenced. A conversation that names nothing but its key is claimed unread: if it
-        // has an owner, the claim says so.
+        // A session here is believed until a turn of it is fenced; one in a turn may take long to find out that an operator has freed its
+        // lease. A conversation that names nothing but its key is claimed unread: if it has an owner, the claim says so.
         let named = lease.is_some() || previous.is_some();
-        let state = if evidence == Evidence::Invalid || (local.is_some() && !self.again) {
+        let in_turn = local.as_ref().is_some_and(|local| !local.is_idle());
+        let doubted = self.again || (in_turn && !engine.ledger.is_away());
+        let state = if evidence == Evidence::Invalid || (local.is_some() && !doubted) {
             RowState::Mine
-        } else if !named && !self.again {
+        } else if !named && !doubted {
             RowState::Free
         } else {
             let read = async {

@@ -1,6 +1,10 @@
 //! What an operator can ask and do about conversations, beside replicas that run.
 
+use std::time::Duration;
+
+use loadtest::upstream::{Fault, Kind};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use crate::support::{
     cluster::{Answer, Cluster, Plan, script},
@@ -141,6 +145,53 @@ async fn a_released_lease_fences_its_owner_and_the_conversation_goes_on() {
         assert_eq!(said.code, Some(1), "{command}: {}", said.err);
         assert!(said.err.contains("no lease 019a0000"), "{}", said.err);
     }
+}
+
+#[tokio::test]
+async fn a_released_lease_is_claimed_by_the_next_request_even_where_its_turn_still_runs() {
+    let cluster = Cluster::start(Plan::default()).await;
+    let first = ask(&cluster, 0, &script("one", false)).await;
+    let endless = Fault::once(Kind::Paced(3000, 20));
+    cluster.home.upstream.fault(endless);
+    let stuck = cluster
+        .post_at(0, "/v1/responses")
+        .json(&script("stuck", true));
+    let stuck = stuck
+        .header("session-id", "conversation")
+        .send()
+        .await
+        .unwrap();
+    let mut listed = Value::Null;
+    until("it is in a turn", async || {
+        listed = cluster
+            .home
+            .json(&["leases", "list", "--busy", "--owner", "r0"])
+            .await;
+        listed[0].is_object()
+    })
+    .await;
+    let id = listed[0]["lease_id"].as_str().unwrap();
+    cluster.home.ok(&["leases", "release", id]).await;
+    let none = cluster
+        .home
+        .json(&["leases", "list", "--owner", "r0"])
+        .await;
+    assert_eq!(none, json!([]));
+
+    let mut body = script("two", false);
+    body["previous_response_id"] = first.id().into();
+    let second = timeout(Duration::from_secs(10), ask(&cluster, 0, &body)).await;
+    second.expect("it does not wait for the stuck turn").id();
+    let claimed = cluster.home.json(&["leases", "show", id]).await;
+    assert_eq!(claimed["owner"], "r0");
+    assert_ne!(claimed["generation"], listed[0]["generation"]);
+    drop(stuck);
+    cluster.booked().await;
+    let head = cluster.home.json(&["leases", "show", id]).await;
+    assert_eq!(
+        head["head_response_id"], claimed["head_response_id"],
+        "the fenced turn moves nothing"
+    );
 }
 
 /// A request of one conversation, to one replica.
