@@ -27,7 +27,7 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
     say("starting a fake upstream and two replicas of Drawbridge on one embedded database ..");
     let fake = Fake::start(dir.path(), &["--deltas", "30", "--percent-per-turn", "0.5"]).await?;
     let mut drawbridge = Drawbridge::replica(binary, dir.path(), &fake, "one").await?;
-    let mut other = Drawbridge::replica(binary, dir.path(), &fake, "two").await?;
+    let other = Drawbridge::replica(binary, dir.path(), &fake, "two").await?;
     drawbridge.import(&fake, &["alice", "bob", "carol"]).await?;
     let key = drawbridge.key("demo").await?;
     say(&introduction(&drawbridge, &other, binary, &key));
@@ -39,6 +39,7 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
             converse(&drawbridge, &key, Transport::Ws, 1),
             converse(&other, &key, Transport::Ws, 1),
             wander([&drawbridge, &other], &key),
+            linger(&drawbridge, &fake, &key),
             misfortunes(&fake)
         )
     };
@@ -63,7 +64,6 @@ pub async fn run(binary: &Path, seconds: Option<u64>) -> anyhow::Result<()> {
         ended = traffic => ended.map(drop),
     };
     drawbridge.alive()?;
-    other.alive()?;
     ended
 }
 
@@ -89,8 +89,12 @@ async fn converse(
             pause: Duration::ZERO,
         };
         let Report { errors, .. } = drive(&plan).await?;
+        let failed = !errors.is_empty();
         for (error, times) in errors {
             say(&format!("  a {transport:?} client saw: {error} ({times}x)"));
+        }
+        if failed {
+            sleep(Duration::from_secs(5)).await;
         }
     }
 }
@@ -111,9 +115,13 @@ async fn wander(replicas: [&Drawbridge; 2], key: &str) -> anyhow::Result<()> {
             .bearer_auth(key)
             .json(&body)
             .send()
-            .await?;
+            .await;
+        // Gone, as whoever practises a loss wants it: the other one goes on.
+        let Ok(answer) = answer else { continue };
         let status = answer.status();
-        let answer: Value = answer.json().await?;
+        let Ok(answer) = answer.json::<Value>().await else {
+            continue;
+        };
         if status.is_success() {
             if turn % TURNS == TURNS - 1 && !previous.is_null() {
                 say(
@@ -125,6 +133,29 @@ async fn wander(replicas: [&Drawbridge; 2], key: &str) -> anyhow::Result<()> {
             say(&format!("  a wandering client saw: {status} {answer}"));
             previous = Value::Null;
         }
+    }
+    Ok(())
+}
+
+/// One conversation whose every turn takes two minutes, for whoever looks for a lease in a turn.
+async fn linger(drawbridge: &Drawbridge, fake: &Fake, key: &str) -> anyhow::Result<()> {
+    let client = reqwest::Client::builder().no_proxy().build()?;
+    for turn in 0.. {
+        let name = format!("long-{turn}");
+        let slow = Fault::once(Kind::Paced(600, 200)).for_turn(&name);
+        fake.fault(&slow).await?;
+        let answer = client
+            .post(format!("{}/v1/responses", drawbridge.origin()))
+            .bearer_auth(key)
+            .header("session-id", "long")
+            .header(
+                "x-codex-turn-metadata",
+                json!({"turn_id": name}).to_string(),
+            )
+            .json(&json!({"model": "gpt-5.5", "stream": true, "input": "take your time"}))
+            .send()
+            .await?;
+        drop(answer.bytes().await);
     }
     Ok(())
 }
@@ -164,13 +195,19 @@ Try in another terminal:
     -c 'model_providers.demo={{name="demo",base_url="{origin}/backend-api/codex",env_key="DEMO_KEY",wire_api="responses",supports_websockets=true}}' \
     'say something, and then [tool]'
 
-  env {} \
-    {} leases list          # or accounts list, replicas list, explain ID
+  alias drawbridge='env {} {}'
+  drawbridge leases list        # or accounts list, replicas list, explain ID
+
+  ADMIN={}         # the metrics of "one"; {} those of "two"
+  kill -9 {}                 # "two" is lost; see deploy/runbooks/lease-recovery.md
 
 Ctrl-C ends it.
 "#,
         settings.join(" "),
-        binary.display()
+        binary.display(),
+        drawbridge.admin().trim_start_matches("http://"),
+        other.admin().trim_start_matches("http://"),
+        other.pid(),
     )
 }
 
@@ -192,7 +229,9 @@ async fn picture(replicas: [&Drawbridge; 2], fake: &Fake, key: &str) -> anyhow::
     let mut metrics = String::new();
     for replica in replicas {
         let page = client.get(format!("{}/metrics", replica.admin())).send();
-        metrics += &page.await?.text().await?;
+        if let Ok(page) = page.await {
+            metrics += &page.text().await?;
+        }
     }
     let paid = fake.paid().await?;
 
