@@ -37,6 +37,7 @@ mod reauthentication;
 mod refresh;
 mod replicas;
 mod rotation;
+mod runbooks;
 mod snapshots;
 mod statements;
 mod support;

@@ -10,5 +10,6 @@ pub(crate) mod pg;
 pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod redis;
+pub(crate) mod runbook;
 pub(crate) mod store;
 pub(crate) mod wait;

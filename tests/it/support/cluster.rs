@@ -17,6 +17,7 @@ use reqwest::{RequestBuilder, Response, Url, header::HeaderMap};
 use rustix::process::Signal;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
+use tokio::process::Command;
 use tokio_postgres::Client;
 
 use super::{
@@ -30,7 +31,11 @@ use super::{
 pub(crate) struct Plan {
     pub(crate) replicas: usize,
     pub(crate) accounts: &'static [&'static str],
+    /// What they are called: `r0`, `r1` and so on where this does not say.
+    pub(crate) names: &'static [&'static str],
     pub(crate) redis: bool,
+    /// A Postgres of its own, which may fail over.
+    pub(crate) own_postgres: bool,
     /// Reach Postgres through `PgBouncer`.
     pub(crate) pooled: bool,
     /// Further settings of every process.
@@ -42,7 +47,9 @@ impl Default for Plan {
         Self {
             replicas: 2,
             accounts: &["alice"],
+            names: &[],
             redis: false,
+            own_postgres: false,
             pooled: false,
             settings: &[],
         }
@@ -68,7 +75,7 @@ pub(crate) struct Cluster {
     http: reqwest::Client,
     /// What its randomness is drawn from.
     pub(crate) seed: u64,
-    _test: TestDb,
+    test: TestDb,
 }
 
 /// One replica, and the edges of the network around it.
@@ -101,10 +108,13 @@ impl Cluster {
     pub(crate) async fn start_with(plan: Plan, keys: &str) -> Self {
         let seed = rand::random();
         println!("seed {seed}");
-        let test = TestDb::migrated(async |url| {
+        let tables = async |url: String| {
             migrate(&Endpoint::parse(&url).unwrap()).await.unwrap();
-        })
-        .await;
+        };
+        let test = match plan.own_postgres {
+            true => TestDb::alone(tables).await,
+            false => TestDb::migrated(tables).await,
+        };
         let mut home = Home::new()
             .await
             .set("DRAWBRIDGE_DATABASE_URL", &test.url)
@@ -130,8 +140,9 @@ impl Cluster {
         let mut replicas = Vec::new();
         for number in 0..plan.replicas {
             let redis = redis.as_ref().map(|_| local(redis_port));
-            let replica =
-                Replica::new(number, seed, &home, &test.url, pooler_url.as_deref(), redis);
+            let name = plan.names.get(number).copied().map(str::to_owned);
+            let name = name.unwrap_or_else(|| format!("r{number}"));
+            let replica = Replica::new(name, seed, &home, &test.url, pooler_url.as_deref(), redis);
             replicas.push(replica.await);
         }
         let fronts: Vec<_> = replicas
@@ -154,7 +165,7 @@ impl Cluster {
                 .build()
                 .unwrap(),
             seed,
-            _test: test,
+            test,
         };
         for number in 0..plan.replicas {
             cluster.serve(number).await;
@@ -168,12 +179,30 @@ impl Cluster {
         self.replicas[number].settings.push((name, value));
     }
 
+    /// How to reach the database itself.
+    pub(crate) fn url(&self) -> &str {
+        &self.test.url
+    }
+
+    /// A standby takes the place of Postgres.
+    pub(crate) async fn fail_over(&mut self) {
+        self.test.fail_over().await;
+        self.client = self.test.connect().await;
+    }
+
+    /// The program with the settings of a replica.
+    pub(crate) fn command(&self, number: usize, arguments: &[&str]) -> Command {
+        let mut command = self.home.command(arguments);
+        let settings = self.replicas[number].settings.iter();
+        command.envs(settings.map(|(name, value)| (*name, value)));
+        command
+    }
+
     /// Starts a replica that is down.
     pub(crate) async fn serve(&mut self, number: usize) {
-        let mut command = self.home.command(&["serve"]);
+        let service = Service::start(self.command(number, &["serve"])).await;
         let replica = &mut self.replicas[number];
-        command.envs(replica.settings.iter().map(|(name, value)| (*name, value)));
-        replica.service = Some(Service::start(command).await);
+        replica.service = Some(service);
         replica.clients.open().await;
         replica.peers.open().await;
     }
@@ -326,7 +355,7 @@ impl Cluster {
 
 impl Replica {
     async fn new(
-        number: usize,
+        name: String,
         seed: u64,
         home: &Home,
         direct: &str,
@@ -348,7 +377,7 @@ impl Replica {
             None => None,
         };
         let mut settings = vec![
-            ("DRAWBRIDGE_REPLICA_NAME", format!("r{number}")),
+            ("DRAWBRIDGE_REPLICA_NAME", name),
             ("DRAWBRIDGE_LISTEN", client.to_string()),
             ("DRAWBRIDGE_INTERNAL_LISTEN", internal.to_string()),
             (

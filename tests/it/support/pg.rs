@@ -4,13 +4,16 @@
 //! It is an embedded cluster without its care for disks; a shell that outlives the process sees to its end, however that comes.
 //! `TEST_DATABASE_URL` names another server to use: a superuser's URL, any database.
 
+use std::fs::Permissions;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use drawbridge::db::embedded::Cluster;
+use tempfile::TempDir;
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 use uuid::Uuid;
@@ -40,6 +43,8 @@ pub(crate) struct TestDb {
     pub(crate) url: String,
     /// Its name alone.
     pub(crate) name: String,
+    /// Where it is alone on one.
+    server: Option<Server>,
 }
 
 impl TestDb {
@@ -57,6 +62,50 @@ impl TestDb {
         Self::create("template1").await
     }
 
+    /// A database on a server of its own, which may fail over.
+    pub(crate) async fn alone(migrate: impl AsyncFnOnce(String)) -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("postgres-")
+            .permissions(Permissions::from_mode(0o755))
+            .tempdir()
+            .unwrap();
+        let server = Server::join(directory.path().canonicalize().unwrap()).await;
+        let url = format!("{}/drawbridge", server.url());
+        migrate(url.clone()).await;
+        Self {
+            url,
+            name: "drawbridge".into(),
+            server: Some(Server {
+                directory: Some(directory),
+                ..server
+            }),
+        }
+    }
+
+    /// Its server crashes, and a standby takes its place: the same address, what was there a moment ago, another timeline.
+    pub(crate) async fn fail_over(&self) {
+        let directory = self.server.as_ref().unwrap().directory.as_ref().unwrap();
+        let data = directory.path().join("postgres");
+        let owner = data.metadata().unwrap();
+        let pid = std::fs::read_to_string(data.join("postmaster.pid")).unwrap();
+        let program = format!("/proc/{}/exe", pid.lines().next().unwrap());
+        let programs = std::fs::read_link(program).unwrap();
+        std::fs::write(data.join("standby.signal"), "").unwrap();
+        for step in ["restart --mode=immediate", "promote"] {
+            let mut command = Command::new(programs.with_file_name("pg_ctl"));
+            command
+                .args(step.split(' '))
+                .args(["--wait", "--silent", "--log=/dev/null", "--pgdata"])
+                .arg(&data)
+                .uid(owner.uid())
+                .gid(owner.gid())
+                .current_dir("/")
+                .stdin(Stdio::null());
+            let done = tokio::process::Command::from(command).status().await;
+            assert!(done.unwrap().success(), "{step}");
+        }
+    }
+
     /// A connection of its own to this database.
     pub(crate) async fn connect(&self) -> Client {
         connect(&self.url).await
@@ -72,12 +121,16 @@ impl TestDb {
         Self {
             url: url(&name).await,
             name,
+            server: None,
         }
     }
 }
 
 impl Drop for TestDb {
     fn drop(&mut self) {
+        if self.server.is_some() {
+            return;
+        }
         let drop = format!("drop database {} with (force)", self.name);
         // The runtime of the test may be the one that drops us, and it cannot wait for itself.
         let done = std::thread::spawn(move || {
@@ -100,14 +153,8 @@ pub(crate) async fn url(database: &str) -> String {
         .get_or_init(async || match std::env::var("TEST_DATABASE_URL") {
             Ok(url) => (url, None),
             Err(_) => {
-                let server = Server::join().await;
-                (
-                    format!(
-                        "postgres://drawbridge@127.0.0.1:{}",
-                        server.cluster.config().get_ports()[0]
-                    ),
-                    Some(server),
-                )
+                let server = Server::join(directory()).await;
+                (server.url(), Some(server))
             }
         })
         .await;
@@ -148,11 +195,12 @@ struct Server {
     cluster: Cluster,
     /// Holds the other end of the reaper's standard input until this process ends.
     _reaper: Child,
+    /// Goes with it.
+    directory: Option<TempDir>,
 }
 
 impl Server {
-    async fn join() -> Self {
-        let directory = directory();
+    async fn join(directory: PathBuf) -> Self {
         let reaper = outliving(
             Command::new("sh")
                 .args(["-c", REAPER, "reaper"])
@@ -178,7 +226,14 @@ impl Server {
         Self {
             cluster,
             _reaper: reaper,
+            directory: None,
         }
+    }
+
+    /// How to connect, but for the database.
+    fn url(&self) -> String {
+        let port = self.cluster.config().get_ports()[0];
+        format!("postgres://drawbridge@127.0.0.1:{port}")
     }
 }
 
