@@ -99,14 +99,11 @@ statements! { "db";
         update account_models set account_id = $2
         where account_id = $1 and not exists (select from account_models where account_id = $2)";
 
-    /// The later observation counts, as in the quota room. Both accounts' rows are locked first, in the order in which that room locks them.
+    /// The later observation counts, as in the quota room, which saves nothing of accounts that are locked.
     WINDOWS: [UUID, UUID] = "
-        with held as (
-            select from quota_windows where account_id in ($1, $2) order by account_id, family, window_minutes for update
-        )
         insert into quota_windows as known (account_id, family, window_minutes, used_percent, resets_at, observed_at, source)
         select $2, family, window_minutes, used_percent, resets_at, observed_at, source
-        from quota_windows where account_id = $1 and (select count(*) from held) >= 0
+        from quota_windows where account_id = $1
         on conflict (account_id, family, window_minutes) do update
         set used_percent = excluded.used_percent, resets_at = excluded.resets_at,
             observed_at = excluded.observed_at, source = excluded.source
@@ -114,23 +111,17 @@ statements! { "db";
 
     /// Two accounts of one seat share its limits: the block that stands counts, of two the later one, as in the quota room.
     BLOCKS: [UUID, UUID] = concat!("
-        with held as (
-            select from quota_blocks where account_id in ($1, $2) order by account_id, family for update
-        )
         insert into quota_blocks as known (account_id, family, blocked_at, blocked_until, reason, lifted_at)
         select $2, family, blocked_at, blocked_until, reason, lifted_at
-        from quota_blocks where account_id = $1 and (select count(*) from held) >= 0
+        from quota_blocks where account_id = $1
         on conflict (account_id, family) do update
         ", later_block!());
 
     /// As `WINDOWS`.
     CREDITS: [UUID, UUID] = concat!("
-        with held as (
-            select from quota_credits where account_id in ($1, $2) order by account_id for update
-        )
         insert into quota_credits as known (account_id, has_credits, unlimited, balance, observed_at, source)
         select $2, has_credits, unlimited, balance, observed_at, source
-        from quota_credits where account_id = $1 and (select count(*) from held) >= 0
+        from quota_credits where account_id = $1
         on conflict (account_id) do update
         ", later_credits!());
 
