@@ -111,6 +111,15 @@ impl Db {
         Tx::begin(self.connection().await?, self.announced.clone()).await
     }
 
+    /// As [`Db::begin`], for work that locks what turns need: it waits at most 5 s for a lock, and if nothing is heard of us for 10 s (a
+    /// terminal that sleeps), the server ends it.
+    ///
+    /// # Errors
+    /// As [`Db::connection`].
+    pub async fn begin_bounded(&self) -> Result<Tx, Error> {
+        self.begin().await?.bounded().await
+    }
+
     /// Changes when a transaction of this process has ended with [`Tx::commit_and_announce`].
     #[must_use]
     pub fn announced(&self) -> watch::Receiver<()> {

@@ -2,6 +2,7 @@
 //! clients, and keeps the [`View`] that selection reads.
 
 mod catalogue;
+mod claim;
 pub mod credential;
 pub mod http;
 pub mod login;

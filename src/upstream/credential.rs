@@ -19,7 +19,10 @@ use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
 use uuid::Uuid;
 
-use super::oauth::{self, RefreshError};
+use super::{
+    claim::kept,
+    oauth::{self, RefreshError},
+};
 use crate::{
     account::{self, Accounts, Claim, Stored, Tokens},
     bus::{Bus, Topic},
@@ -323,7 +326,13 @@ impl Inner {
             match (claim, after) {
                 (Claim::Mine(claim), Ok(after)) if after.generation == stored.generation => {
                     let spent = self.spend(account, &after, claim);
-                    return self.claimed(stored.id, claim, spent).await;
+                    let renew = || async {
+                        if let Err(error) = self.accounts.renew_claim(stored.id, claim, CLAIM).await
+                        {
+                            tracing::debug!(account_id = %stored.id, %error, "a claim of a refresh token may end early");
+                        }
+                    };
+                    return kept(CLAIM / 3, renew, spent).await;
                 }
                 (claim, after) => {
                     if let Claim::Mine(claim) = claim {
@@ -391,21 +400,6 @@ impl Inner {
         }
     }
 
-    /// Keeps a claim while work goes on.
-    async fn claimed<T>(&self, id: AccountId, claim: Uuid, work: impl Future<Output = T>) -> T {
-        tokio::pin!(work);
-        loop {
-            tokio::select! {
-                done = &mut work => return done,
-                () = tokio::time::sleep(CLAIM / 3) => {
-                    if let Err(error) = self.accounts.renew_claim(id, claim, CLAIM).await {
-                        tracing::debug!(account_id = %id, %error, "a claim of a refresh token may end early");
-                    }
-                }
-            }
-        }
-    }
-
     /// A claim that cannot be given back ends by itself.
     async fn give_back(&self, id: AccountId, claim: Uuid, helped: Result<(), ()>) {
         let given = match helped {
@@ -430,11 +424,7 @@ impl Inner {
     ) -> Result<(), CredentialError> {
         let mut pause = STORE_PAUSE;
         loop {
-            match self
-                .accounts
-                .rotate(account, generation, tokens, None)
-                .await
-            {
+            match self.accounts.rotate(account, generation, tokens).await {
                 Ok(_) => return Ok(()),
                 Err(error) if pause > STORE_PAUSE_MAX => {
                     tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");

@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::support::store::Store;
+use crate::support::{store::Store, wait::until};
 
 /// What upstream hands out to one person.
 struct Login {
@@ -303,18 +303,38 @@ async fn new_tokens_overrule_the_verdict_of_a_peer_that_came_second() {
             .await
             .unwrap()
     );
-    exchange.give(
-        &Login {
-            plan: "pro",
-            ..SECOND
-        },
-        store.db.clock().now(),
-    );
+    exchange.give(&SECOND, store.db.clock().now());
     assert_eq!(caller.await.unwrap().unwrap().generation, 2);
     assert_eq!(
         state(&accounts).await,
-        (Lifecycle::Active, None, "pro".into())
+        (Lifecycle::Active, None, "plus".into())
     );
+}
+
+#[tokio::test]
+async fn an_exchange_is_taken_in_while_the_renewal_of_its_claim_hangs() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    let (mut other, mut driver) = store.db.dedicated().await.unwrap();
+    let driver = tokio::spawn(async move { while driver.next().await.is_some() {} });
+    let held = other.transaction().await.unwrap();
+    let claims = "select from refresh_claims for update";
+    assert_eq!(held.execute(claims, &[]).await.unwrap(), 1);
+    let waits = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    until("the renewal waits", async || {
+        !store.client.query(waits, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    exchange.give(&SECOND, store.db.clock().now());
+    until("the tokens are stored", async || {
+        let stored = accounts.credential(id).await.unwrap().unwrap();
+        stored.generation == 2
+    })
+    .await;
+    held.commit().await.unwrap();
+    assert_eq!(caller.await.unwrap().unwrap().generation, 2);
+    driver.abort();
 }
 
 #[tokio::test]

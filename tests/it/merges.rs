@@ -4,6 +4,8 @@
     reason = "looks behind the back of the code under test, on a connection of its own"
 )]
 
+mod rivals;
+
 use std::time::{Duration, Instant};
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -182,7 +184,7 @@ async fn the_oldest_row_of_a_seat_takes_in_the_others_and_lives_again() {
         };
         let generation = tokens.generation;
         pool.accounts
-            .rotate(copy, generation, &rotated, None)
+            .rotate(copy, generation, &rotated)
             .await
             .unwrap();
     }
@@ -332,6 +334,51 @@ async fn a_duplicate_with_everything_that_names_it_is_all_on_the_canonical_row()
             .await,
         ["2"]
     );
+}
+
+#[tokio::test]
+async fn what_a_login_does_not_say_is_as_the_rows_said_that_became_one() {
+    let pool = Pool::new().await;
+    let oldest = pool.login("-/-/e").await.id;
+    pool.run("update accounts set plan_type = 'unknown'", &[])
+        .await;
+    let newer = pool.login("w/u/e").await.id;
+    let file = json!({"tokens": {"access_token": "a", "refresh_token": "r", "account_id": "w"}});
+    let silent = AuthFile::parse(file.to_string().as_bytes()).unwrap();
+    assert_eq!(pool.login_by(EMAIL, "-/-/e").await.merged, [newer]);
+    let known =
+        "select concat_ws(' ', chatgpt_account_id, chatgpt_user_id, plan_type) from accounts";
+    assert_eq!(pool.texts(known).await, ["w u team"]);
+
+    let nameless = pool.login_by(BESIDE, "w/-/-").await.id;
+    let older = "update accounts set plan_type = 'unknown', created_at = created_at - interval '1 day' where account_id = $1";
+    pool.run(older, &[&nameless]).await;
+    let merged = pool.accounts.import(&silent, None).await.unwrap();
+    assert_eq!((merged.id, &merged.merged[..]), (nameless, &[oldest][..]));
+    assert_eq!(pool.texts(known).await, ["w u team"]);
+    let [listed] = &pool.accounts.list().await.unwrap()[..] else {
+        panic!("one seat, one row")
+    };
+    assert_eq!(listed.email.as_deref(), Some("e@example.test"));
+    let found = pool.login_by(EMAIL_ALONE, "-/-/e").await;
+    assert_eq!(found.id, nameless, "its address finds it");
+}
+
+#[tokio::test]
+async fn a_key_that_names_an_account_which_was_merged_away_meanwhile_serves_what_that_is_now() {
+    let pool = Pool::new().await;
+    let kept = pool.login("w/u/a").await.id;
+    let gone = pool.login_by(BESIDE, "w/u/b").await.id;
+    pool.login("w/u/c").await;
+    // Whoever granted it had read the accounts before the merge.
+    let key = pool.key(&[gone, kept]).await;
+    let other = pool.key(&[gone]).await;
+    let memory = Memory::of(&pool).await;
+    for key in [key, other] {
+        let key = memory.keys.authenticate(&key).await.unwrap();
+        assert_eq!(key.grants.accounts.as_deref(), Some(&[kept][..]));
+    }
+    memory.tasks.stop();
 }
 
 #[tokio::test]
