@@ -1,8 +1,8 @@
 //! Every column that names an account, and how it follows when one account is merged into another.
 //!
 //! The statements are those of many rooms' tables: what a merge moves must be moved by one transaction, so they stand here together. A test
-//! walks the schema and fails on a column named `*account_id*` that is not listed. Each takes the account that goes ($1) and the one that
-//! stays ($2); both rows are locked, and they run in the order of the list, which is the lock order of [`crate::db`].
+//! walks the schema and fails on a column that is named `*account_id*`, refers to `accounts` or is `jsonb`, and is not listed. Each takes
+//! the account that goes ($1) and the one that stays ($2); both rows are locked, and they run in the order of the list.
 
 use super::{Connection, Error, Stmt};
 use crate::{ids::AccountId, statements};
@@ -14,6 +14,8 @@ pub enum Follow {
     Now(&'static Stmt),
     /// In batches, after the merge; until then readers resolve it through `account_merges`.
     Later,
+    /// Never; readers resolve it through `account_merges`.
+    Resolved,
     /// It goes with its account: what it holds is of that login alone.
     Vanishes,
     /// It is no reference to a row of `accounts`.
@@ -39,6 +41,7 @@ pub static DEPENDENTS: &[Dependent] = &[
     dependent("refresh_claims", "account_id", Follow::Vanishes),
     dependent("account_merges", "to_id", Follow::Now(&MERGES)),
     dependent("account_models", "account_id", Follow::Now(&MODELS)),
+    dependent("account_models", "models", Follow::Foreign),
     dependent("quota_windows", "account_id", Follow::Now(&WINDOWS)),
     dependent("quota_blocks", "account_id", Follow::Now(&BLOCKS)),
     dependent("quota_credits", "account_id", Follow::Now(&CREDITS)),
@@ -54,6 +57,7 @@ pub static DEPENDENTS: &[Dependent] = &[
     dependent("turns", "account_id", Follow::Later),
     dependent("turns", "attempts", Follow::Later),
     dependent("request_log", "account_id", Follow::Later),
+    dependent("request_log", "explanation", Follow::Resolved),
 ];
 
 const fn dependent(table: &'static str, column: &'static str, follow: Follow) -> Dependent {
