@@ -151,6 +151,12 @@ statements! { "account";
             retry_at = clock_timestamp() + make_interval(mins => least(60, 5 * 2 ^ least(failures, 10))::int)
         where account_id = $1 and claimed_by = $2";
 
+    /// By the holder of the claim. Yields whether the same generation was doubted before.
+    DOUBT: [UUID, UUID, INT8] = "
+        update refresh_claims c set doubted_generation = $3 from refresh_claims before
+        where c.account_id = $1 and c.claimed_by = $2 and before.account_id = c.account_id
+        returning coalesce(before.doubted_generation = $3, false)";
+
     /// A plain read: whoever refreshes looks again.
     DUE: [FLOAT8, FLOAT8] = "
         select account_id from accounts join account_credentials using (account_id) left join refresh_claims c using (account_id)
@@ -472,6 +478,16 @@ pub(super) async fn unclaim_failed(
     db.exec(&UNCLAIM_FAILED, &[&id, &claim, &pause.as_secs_f64()])
         .await
         .map(drop)
+}
+
+pub(super) async fn doubt(
+    db: &Db,
+    id: AccountId,
+    claim: Uuid,
+    generation: i64,
+) -> Result<bool, Error> {
+    let row = db.opt(&DOUBT, &[&id, &claim, &generation]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
 }
 
 pub(super) async fn due(db: &Db, lead: Duration, age: Duration) -> Result<Vec<AccountId>, Error> {
