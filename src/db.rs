@@ -3,8 +3,8 @@
 //! SQL is run in one way only: a [`Stmt`] with its parameter types, as an unnamed statement in one round trip, so that a transaction
 //! pooler in between changes nothing. Rooms keep their statements in their `store.rs`, made with [`statements!`](crate::statements).
 //!
-//! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, leases, snapshots,
-//! turns, key counters, `bus_versions` (topics alphabetically, last).
+//! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, their limits, leases,
+//! snapshots, turns, key counters, `bus_versions` (topics alphabetically, last).
 
 mod clock;
 pub mod dependents;

@@ -152,7 +152,8 @@ mod tests {
         assert_eq!(file.claims.chatgpt_user_id.as_deref(), Some("user-1"));
         assert_eq!(
             file.refreshed_at,
-            Some("2026-01-02T03:04:05.678901234Z".parse().unwrap())
+            Some("2026-01-02T03:04:05.678901Z".parse().unwrap()),
+            "as exactly as the database keeps it"
         );
     }
 
