@@ -91,7 +91,7 @@ impl Accounts {
         file: &AuthFile,
         How {
             policy,
-            label,
+            mut label,
             flow,
         }: How<'_>,
     ) -> Result<Imported, Error> {
@@ -119,7 +119,6 @@ impl Accounts {
         }
         // What the login does not say is as it was: of rows that become one, the oldest word counts.
         let mut email = claims.email.clone().map(SecretString::from);
-        let mut label = label;
         let mut plan = claims.plan.as_deref();
         for KnownRow {
             row,
