@@ -376,23 +376,6 @@ async fn what_a_login_does_not_say_is_as_the_rows_said_that_became_one() {
 }
 
 #[tokio::test]
-async fn a_key_that_names_an_account_which_was_merged_away_meanwhile_serves_what_that_is_now() {
-    let pool = Pool::new().await;
-    let kept = pool.login("w/u/a").await.id;
-    let gone = pool.login_by(BESIDE, "w/u/b").await.id;
-    pool.login("w/u/c").await;
-    // Whoever granted it had read the accounts before the merge.
-    let key = pool.key(&[gone, kept]).await;
-    let other = pool.key(&[gone]).await;
-    let memory = Memory::of(&pool).await;
-    for key in [key, other] {
-        let key = memory.keys.authenticate(&key).await.unwrap();
-        assert_eq!(key.grants.accounts.as_deref(), Some(&[kept][..]));
-    }
-    memory.tasks.stop();
-}
-
-#[tokio::test]
 async fn history_follows_in_batches_and_goes_on_where_it_was_left() {
     let pool = Pool::new().await;
     let kept = pool.login("w/u/a").await.id;

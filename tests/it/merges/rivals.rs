@@ -168,6 +168,23 @@ async fn a_block_that_is_learnt_while_its_account_is_merged_away_goes_with_it() 
 }
 
 #[tokio::test]
+async fn a_key_that_names_an_account_which_was_merged_away_meanwhile_serves_what_that_is_now() {
+    let pool = Pool::new().await;
+    let kept = pool.login("w/u/a").await.id;
+    let gone = pool.login_by(BESIDE, "w/u/b").await.id;
+    pool.login("w/u/c").await;
+    // Whoever granted it had read the accounts before the merge.
+    let key = pool.key(&[gone, kept]).await;
+    let other = pool.key(&[gone]).await;
+    let memory = Memory::of(&pool).await;
+    for key in [key, other] {
+        let key = memory.keys.authenticate(&key).await.unwrap();
+        assert_eq!(key.grants.accounts.as_deref(), Some(&[kept][..]));
+    }
+    memory.tasks.stop();
+}
+
+#[tokio::test]
 async fn limits_that_wait_for_their_account_hold_nothing_that_a_merge_would_wait_for() {
     let pool = Pool::new().await;
     let id = pool.login("w/u/e").await.id;
