@@ -116,7 +116,7 @@ pub struct Failure {
     pub class: Class,
     /// The HTTP status, of the answer or of the frame.
     pub status: Option<u16>,
-    /// Upstream's `code`, or its `type` where it sent no code; lower case.
+    /// Upstream's `code`, or its `type` where it sent no code: a word in lower case, which may stand in logs and tables.
     pub code: Option<String>,
     /// Upstream's error `type`.
     pub kind: Option<String>,
@@ -126,8 +126,8 @@ pub struct Failure {
     pub param: Option<String>,
     /// The plan that upstream named.
     pub plan_type: Option<String>,
-    /// The limit that was hit.
-    pub family: Family,
+    /// The limit that was hit, where upstream named it.
+    pub family: Option<Family>,
     /// When the limit resets, epoch seconds, exactly as upstream said.
     pub resets_at: Option<i64>,
     /// After how long upstream wants to be asked again.
@@ -157,7 +157,7 @@ impl Failure {
             message: message.into(),
             param: None,
             plan_type: None,
-            family: Family::CODEX,
+            family: None,
             resets_at: None,
             retry_after: None,
             body: None,
@@ -241,11 +241,10 @@ impl Failure {
         Self {
             class: classify::class(error),
             status: error.status,
-            code: error
-                .code
-                .as_ref()
-                .or(error.kind.as_ref())
-                .map(|code| code.to_ascii_lowercase()),
+            code: [&error.code, &error.kind]
+                .into_iter()
+                .flatten()
+                .find_map(|code| word(code)),
             kind: error.kind.clone(),
             message: error.message.clone().unwrap_or_else(message),
             param: error.param.clone(),
@@ -292,6 +291,12 @@ fn plain_text(body: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(body).ok()?.trim();
     (!text.is_empty() && text.len() <= 512 && !text.starts_with(['<', '{', '[']))
         .then(|| text.to_owned())
+/// A code in lower case, unless it is more than a word: a sentence may name people.
+fn word(code: &str) -> Option<String> {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+    (code.len() <= 64 && code.bytes().all(letter)).then(|| code.to_ascii_lowercase())
+}
+
 }
 
 impl fmt::Display for Failure {
@@ -318,6 +323,7 @@ mod tests {
 
     fn http(status: u16, headers: &[(&'static str, &'static str)], body: &'static str) -> Failure {
         let headers = headers.iter().map(|(name, value)| {
+    use serde_json::json;
             (
                 HeaderName::from_static(name),
                 HeaderValue::from_static(value),
@@ -411,17 +417,38 @@ mod tests {
             ("x-codex-active-limit", "codex_bengalfox"),
             ("x-codex-bengalfox-primary-used-percent", "100"),
         ];
-        assert_eq!(
-            http(429, &headers, "").family,
-            Family::new("codex_bengalfox")
-        );
+        let spark = Some(Family::new("codex_bengalfox"));
+        assert_eq!(http(429, &headers, "").family, spark);
         let frame = br#"{"type":"error","status":429,"error":{"type":"usage_limit_reached"},
             "headers":{"x-codex-active-limit":"codex_bengalfox","x-codex-bengalfox-primary-used-percent":"100"}}"#;
         let error = ErrorBody::parse(frame).expect("an error");
-        assert_eq!(
-            Failure::from_event(&error, NOW).family,
-            Family::new("codex_bengalfox")
-        );
+        assert_eq!(Failure::from_event(&error, NOW).family, spark);
+        let main = [
+            ("x-codex-active-limit", "codex"),
+            ("x-codex-primary-used-percent", "100"),
+        ];
+        assert_eq!(http(429, &main, "").family, Some(Family::CODEX));
+        assert_eq!(http(429, &main[1..], "").family, None);
+    }
+
+    #[test]
+    fn a_sentence_in_place_of_a_code_reaches_the_client_alone() {
+        let long = "x".repeat(65);
+        for (error, expected) in [
+            (json!("Too many requests from bob@example.test"), None),
+            (json!({ "code": "ask bob@example.test" }), None),
+            (
+                json!({ "code": long, "type": "Usage_Limit.v2-b" }),
+                Some("usage_limit.v2-b"),
+            ),
+        ] {
+            let body = json!({ "error": error }).to_string();
+            let status = StatusCode::TOO_MANY_REQUESTS;
+            let failure = Failure::from_http(status, &HeaderMap::new(), &body.into(), NOW);
+            assert_eq!(failure.code.as_deref(), expected, "{error}");
+            assert_eq!(failure.word(), expected.unwrap_or("rate_limit"));
+            assert!(!failure.to_string().contains("bob"), "{error}");
+        }
     }
 
     #[test]

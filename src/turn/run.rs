@@ -471,11 +471,8 @@ impl<'a> Turn<'a> {
 
     /// The limit that was hit: the one upstream named, else that of the model.
     fn family(&self, failure: &Failure) -> Family {
-        if failure.family == Family::CODEX {
-            Family::new(family_of(&self.ask.request.facts.model))
-        } else {
-            failure.family.clone()
-        }
+        let of_model = || Family::new(family_of(&self.ask.request.facts.model));
+        failure.family.clone().unwrap_or_else(of_model)
     }
 
     fn now(&self) -> i64 {

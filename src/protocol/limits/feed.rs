@@ -151,6 +151,7 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
     {
         Some(codex) => {
             let windows = std::mem::take(&mut codex.windows);
+        .filter(|name| !name.is_empty())
             *codex = Observation {
                 windows,
                 limit_name: codex.limit_name.take(),
@@ -163,8 +164,8 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
     observations
 }
 
-/// The family that a refusal belongs to: the active limit, if the headers say more of it than its name.
-pub fn active_family(headers: &HeaderMap) -> Family {
+/// The family that a refusal belongs to: the active limit, if the headers say more of it than its name. [`Family::CODEX`] is one as any.
+pub fn active_family(headers: &HeaderMap) -> Option<Family> {
     let named = headers
         .get("x-codex-active-limit")
         .and_then(|value| value.to_str().ok())
@@ -175,7 +176,7 @@ pub fn active_family(headers: &HeaderMap) -> Family {
             .filter_map(|name| family_prefix(name.as_str()))
             .any(|prefix| Family::new(prefix) == *family)
     };
-    named.filter(described).unwrap_or_default()
+    named.filter(described)
 }
 
 /// `codex-other` of `x-codex-other-primary-used-percent`.

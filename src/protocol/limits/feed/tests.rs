@@ -206,18 +206,24 @@ fn headers_of_other_families_stay_apart() {
         .map(|seen| (seen.family.as_str(), seen.windows[0].used_percent))
         .collect();
     assert_eq!(families, [("codex", 20.0), ("codex_bengalfox", 100.0)]);
-    assert_eq!(seen[1].limit_name.as_deref(), Some("GPT-5.3-Codex-Spark"));
-    assert_eq!(active_family(&headers), Family::new("codex_bengalfox"));
+    assert_eq!(
+        active_family(&headers),
+        Some(Family::new("codex_bengalfox"))
+    );
 }
 
 #[test]
-fn an_active_limit_without_windows_is_the_default_family() {
-    for limit in ["premium", "", "codex"] {
+fn an_active_limit_without_windows_is_none() {
+    for (limit, family) in [
+        ("premium", None),
+        ("", None),
+        ("codex", Some(Family::CODEX)),
+    ] {
         let headers = headers(&[
             ("x-codex-active-limit", limit),
             ("x-codex-primary-used-percent", "20"),
         ]);
-        assert_eq!(active_family(&headers), Family::CODEX, "{limit}");
+        assert_eq!(active_family(&headers), family, "{limit}");
     }
 }
 
