@@ -262,6 +262,11 @@ impl Failure {
         }
     }
 
+    /// Whether it is one account's limit, or what its plan and credit cover: it says nothing of the other accounts.
+    pub fn is_limit(&self) -> bool {
+        matches!(self.class, Class::RateLimit | Class::Quota)
+    }
+
     /// Upstream's code, else the class: the reason in tables and logs.
     pub fn word(&self) -> &str {
         self.code.as_deref().unwrap_or_else(|| self.class.name())
@@ -286,17 +291,17 @@ impl Failure {
     }
 }
 
-/// A body that is a plain sentence, not a page.
-fn plain_text(body: &[u8]) -> Option<String> {
-    let text = std::str::from_utf8(body).ok()?.trim();
-    (!text.is_empty() && text.len() <= 512 && !text.starts_with(['<', '{', '[']))
-        .then(|| text.to_owned())
 /// A code in lower case, unless it is more than a word: a sentence may name people.
 fn word(code: &str) -> Option<String> {
     let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
     (code.len() <= 64 && code.bytes().all(letter)).then(|| code.to_ascii_lowercase())
 }
 
+/// A body that is a plain sentence, not a page.
+fn plain_text(body: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(body).ok()?.trim();
+    (!text.is_empty() && text.len() <= 512 && !text.starts_with(['<', '{', '[']))
+        .then(|| text.to_owned())
 }
 
 impl fmt::Display for Failure {
@@ -318,12 +323,12 @@ impl std::error::Error for Failure {}
 mod tests {
     use super::*;
     use http::{HeaderName, HeaderValue};
+    use serde_json::json;
 
     const NOW: i64 = 1_800_000_000;
 
     fn http(status: u16, headers: &[(&'static str, &'static str)], body: &'static str) -> Failure {
         let headers = headers.iter().map(|(name, value)| {
-    use serde_json::json;
             (
                 HeaderName::from_static(name),
                 HeaderValue::from_static(value),

@@ -285,6 +285,7 @@ impl<'a> Turn<'a> {
         };
         let mut freshness = Freshness::Any;
         let mut again = None;
+        // Of the failures that are not one account's limit: those say nothing of the pool.
         let mut last: Option<(Failure, Option<Told>)> = None;
         loop {
             if self.engine.cancel.is_cancelled() {
@@ -300,10 +301,7 @@ impl<'a> Turn<'a> {
                 Some(account) => account,
                 None => match self.choose(preferred).await {
                     Ok(account) => {
-                        self.tries = Tries {
-                            accounts: self.tries.accounts + 1,
-                            ..Tries::default()
-                        };
+                        self.tries = self.tries.at_next_account();
                         freshness = Freshness::Any;
                         account
                     }
@@ -380,7 +378,9 @@ impl<'a> Turn<'a> {
                     again = Some(account);
                 }
             }
-            last = Some((failure, told));
+            if !failure.is_limit() {
+                last = Some((failure, told));
+            }
         }
     }
 
@@ -480,7 +480,7 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// What the client is told when there is nothing left to try: the pool's exhaustion, else the last real failure.
+/// What the client is told when there is nothing left to try: the pool's exhaustion, else the last failure that was no account's limit.
 fn last_word(last: Option<(Failure, Option<Told>)>, otherwise: Stop) -> Stop {
     match (last, otherwise) {
         (Some((failure, told)), Stop::Nobody { .. } | Stop::Busy) => Stop::upstream(failure, told),
