@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{
-    Account, Chosen, Exclusion, Explanation, Policy, Standing, Status, Strategy, View,
+    Account, Chosen, Exclusion, Explanation, Lifecycle, Policy, Standing, Status, Strategy, View,
     limits::{next_loss, scarcest_used},
     status,
 };
@@ -117,11 +117,13 @@ impl Sticky {
 /// scarcest window, divided by one plus the turns in flight. Accounts under a penalty serve only where no other can.
 #[must_use]
 pub fn select(view: &View, ask: &Ask<'_>) -> Decision {
-    // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better.
-    let listed = view
-        .accounts
-        .iter()
-        .any(|account| lists(account, ask.model) == Some(true));
+    // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better. Those count that could
+    // serve the caller: what others list helps nobody.
+    let listed = view.accounts.iter().any(|account| {
+        account.lifecycle == Lifecycle::Active
+            && is_granted(account, ask)
+            && lists(account, ask.model) == Some(true)
+    });
     let (incumbent, otherwise) = preference(view, ask, listed);
     let mut explanation = Explanation {
         strategy: ask.policy.strategy,
@@ -230,6 +232,11 @@ struct Refusal {
     until: Option<i64>,
 }
 
+fn is_granted(account: &Account, ask: &Ask<'_>) -> bool {
+    ask.allowed
+        .is_none_or(|allowed| allowed.contains(&account.id))
+}
+
 /// Whether the account's catalogue has the model; `None` without a catalogue.
 fn lists(account: &Account, model: &str) -> Option<bool> {
     account.models.as_ref().map(|models| models.contains(model))
@@ -242,10 +249,7 @@ fn consider(
     standing: &mut Standing,
 ) -> Result<Candidate, Refusal> {
     let refuse = |exclusion, until| Err(Refusal { exclusion, until });
-    if ask
-        .allowed
-        .is_some_and(|allowed| !allowed.contains(&account.id))
-    {
+    if !is_granted(account, ask) {
         return refuse(Exclusion::NotGranted, None);
     }
     let status = status(account, ask.family, ask.now);
