@@ -107,7 +107,13 @@ async fn a_poll_404_403_5xx_never_changes_lifecycle_status() {
         })
         .await;
         assert_eq!(house.told(name, "status").await, "active");
-        assert_eq!(house.upstream.account(name).usage_reads(), 1, "put off");
+        assert_eq!(house.upstream.account(name).usage_reads(), 1);
+        let query = "
+            select due_at > clock_timestamp() + interval '30 seconds' from account_polls join accounts using (account_id)
+            where chatgpt_account_id = $1 and kind = 'usage'";
+        let account = format!("acct-{name}");
+        let row = house.client.query_one(query, &[&account]).await.unwrap();
+        assert!(row.get::<_, bool>(0), "put off");
     }
     let turn = events(house.codex_turn("thread", "turn", "hi").await).await;
     assert_eq!(text_of(&turn), "echo: hi..");
