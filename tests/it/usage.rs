@@ -289,6 +289,7 @@ async fn a_catalogue_that_cannot_be_read_keeps_its_last_good_copy_and_its_etag()
         ..Plan::default()
     })
     .await;
+    let alice = house.account_id("alice").await;
     let listed = async || {
         let answer = house.get("/v1/models").send().await.unwrap();
         let etag = answer.headers()["etag"].clone();
@@ -313,6 +314,11 @@ async fn a_catalogue_that_cannot_be_read_keeps_its_last_good_copy_and_its_etag()
     })
     .await;
     assert_eq!(listed().await, before);
+    house.accounts().pause(alice).await.unwrap();
+    until("what nobody in service lists is gone", async || {
+        listed().await.0 == ["gpt-5.5"]
+    })
+    .await;
 }
 
 #[tokio::test]
