@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use drawbridge::config::Transport;
 use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _, future::join_all};
 use loadtest::upstream::{Fault, Kind};
 use reqwest::Response;
@@ -15,7 +16,7 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::support::{
     codex_socket::create,
-    house::{House, codex_body, events, text_of},
+    house::{House, Plan, codex_body, events, text_of},
     wait::until,
 };
 
@@ -193,7 +194,12 @@ async fn an_account_serves_again_when_its_block_has_ended_and_not_before() {
 
 #[tokio::test]
 async fn what_an_event_says_counts_beside_the_headers_of_its_own_answer() {
-    let house = House::start().await;
+    // Only over HTTP answers have headers.
+    let house = House::planned(Plan {
+        transport: Transport::Http,
+        ..Plan::default()
+    })
+    .await;
     house.upstream.fault(Fault::once(Kind::Told(40.0)));
     served(&house, "thread", "turn").await;
     let query = "select used_percent from quota_windows where window_minutes = 300";
