@@ -60,8 +60,8 @@ pub mod deadline {
 
 /// No document of upstream's is larger.
 const LARGEST: usize = 4 << 20;
-/// The longest that the view lags behind what this replica has learnt.
-const VIEW_LAG: Duration = Duration::from_millis(100);
+/// The longest that is waited for the view to show what this replica has learnt; some 20 ms are usual.
+const VIEW_LAG: Duration = Duration::from_secs(1);
 
 /// Why nothing came back: with the certainty that nothing was sent, or without.
 #[derive(Debug)]

@@ -486,26 +486,31 @@ async fn a_replica_adopts_what_its_peer_has_exchanged() {
 
 #[tokio::test]
 async fn a_new_login_brings_an_account_back_everywhere() {
-    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let (store, accounts, id, mut desk, one) = set_up().await;
+    let replicas = [one, Replica::start(&store, &accounts, &desk.url).await];
     assert!(
         accounts
             .set_lifecycle(id, Lifecycle::ReauthRequired, "invalid_grant", 1)
             .await
             .unwrap()
     );
-    assert!(replica.any(id).await.unwrap_err().is_final());
+    for replica in &replicas {
+        assert!(replica.any(id).await.unwrap_err().is_final());
+    }
     SECOND.import(&accounts, &store).await;
-    assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    for replica in &replicas {
+        assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    }
     accounts.delete(id).await.unwrap();
     let deadline = Instant::now() + Duration::from_millis(2_500);
-    while replica.any(id).await.is_ok() {
-        assert!(Instant::now() < deadline, "a deleted account still serves");
-        sleep(Duration::from_millis(10)).await;
+    for replica in &replicas {
+        while replica.any(id).await.is_ok() {
+            assert!(Instant::now() < deadline, "a deleted account still serves");
+            sleep(Duration::from_millis(10)).await;
+        }
+        let gone = replica.any(id).await;
+        assert!(matches!(gone, Err(CredentialError::Unknown)));
     }
-    assert!(matches!(
-        replica.any(id).await,
-        Err(CredentialError::Unknown)
-    ));
     assert!(desk.is_quiet());
 }
 
