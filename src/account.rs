@@ -60,6 +60,11 @@ pub enum Error {
     /// A login was called off, or its time is over.
     #[error("the login is over; nothing was changed")]
     Over,
+    /// An import of tokens that were issued before those that are stored and good.
+    #[error(
+        "what is stored of this account is newer than this login; nothing was changed (to go back to it, delete the account first)"
+    )]
+    Older,
     /// Upstream has ended it; carries the status.
     #[error("the account is {0}; only a new login (import) brings it back")]
     Ended(Lifecycle),
@@ -253,8 +258,9 @@ impl Accounts {
     /// # Errors
     /// [`Error::Unknown`], or of the database.
     pub async fn delete(&self, id: AccountId) -> Result<(), Error> {
-        let tx = self.db.begin().await?;
+        let tx = self.db.begin_bounded().await?;
         if !store::delete(&tx, id).await? {
+            tx.commit().await?;
             return Err(Error::Unknown);
         }
         Ok(bus::commit(tx, &[Topic::Accounts, Topic::ApiKeys, Topic::Models]).await?)
@@ -314,8 +320,8 @@ impl Accounts {
     }
 
     /// Stores fresh tokens in place of those of `expected_generation`; yields the new generation. `None` if others came first, or the
-    /// account is gone. Without a plan, the tokens' own claim counts. Fresh tokens prove that the login lives: a peer that was told
-    /// otherwise, because this one had spent the refresh token and not stored its successor yet, is overruled.
+    /// account is gone. The plan that they claim is old news wherever one is known. Fresh tokens prove that the login lives: a peer that was
+    /// told otherwise, because this one had spent the refresh token and not stored its successor yet, is overruled.
     ///
     /// # Errors
     /// Of the database.
@@ -324,19 +330,21 @@ impl Accounts {
         id: AccountId,
         expected_generation: i64,
         tokens: &Tokens,
-        plan: Option<&str>,
     ) -> Result<Option<i64>, Error> {
-        let claimed = tokens.claims().plan;
         let sealed = self.seal(id, tokens);
         let tx = self.db.begin().await?;
         let before = store::lock(&tx, id).await?;
         if store::generation(&tx, id).await? != Some(expected_generation) {
+            tx.commit().await?;
             return Ok(None);
         }
         if before == Some(Lifecycle::ReauthRequired) {
             store::set_status(&tx, id, Lifecycle::Active, None).await?;
         }
-        let generation = store::rotate(&tx, id, &sealed, plan.or(claimed.as_deref())).await?;
+        if let Some(plan) = tokens.claims().plan {
+            store::learn_plan(&tx, id, &plan).await?;
+        }
+        let generation = store::rotate(&tx, id, &sealed).await?;
         bus::commit(tx, &[Topic::Accounts]).await?;
         Ok(Some(generation))
     }
@@ -348,23 +356,23 @@ impl Accounts {
     pub async fn see_plan(&self, id: AccountId, named: &str) -> Result<bool, db::Error> {
         let named = named.to_ascii_lowercase();
         let tx = self.db.begin().await?;
-        let Some((known, before)) = store::sighting(&tx, id).await? else {
-            return Ok(false);
-        };
-        let before = before.as_ref().map(|(plan, at)| (plan.as_str(), *at));
-        let verdict = plan::judge(&known, before, &named, self.db.clock().now());
-        match verdict {
-            Verdict::Ignore => return Ok(false),
-            Verdict::Wait => store::see_plan(&tx, id, &named).await?,
-            Verdict::Same | Verdict::Change => store::forget_sighting(&tx, id).await?,
+        store::lock(&tx, id).await?;
+        if let Some((known, before)) = store::sighting(&tx, id).await? {
+            let before = before.as_ref().map(|(plan, at)| (plan.as_str(), *at));
+            match plan::judge(&known, before, &named, self.db.clock().now()) {
+                Verdict::Ignore => {}
+                Verdict::Wait => store::see_plan(&tx, id, &named).await?,
+                Verdict::Same => store::forget_sighting(&tx, id).await?,
+                Verdict::Change => {
+                    store::forget_sighting(&tx, id).await?;
+                    store::set_plan(&tx, id, &named).await?;
+                    bus::commit(tx, &[Topic::Accounts]).await?;
+                    tracing::info!(account_id = %id, from = known, to = named, "an account has another plan");
+                    return Ok(true);
+                }
+            }
         }
-        if verdict != Verdict::Change {
-            return tx.commit().await.map(|()| false);
-        }
-        store::set_plan(&tx, id, &named).await?;
-        bus::commit(tx, &[Topic::Accounts]).await?;
-        tracing::info!(account_id = %id, from = known, to = named, "an account has another plan");
-        Ok(true)
+        tx.commit().await.map(|()| false)
     }
 
     /// Stores an account's catalogue: upstream's array, each entry as it came.
@@ -384,16 +392,19 @@ impl Accounts {
     }
 
     async fn operate(&self, id: AccountId, to: Lifecycle) -> Result<(), Error> {
-        let tx = self.db.begin().await?;
-        match store::lock(&tx, id).await?.ok_or(Error::Unknown)? {
-            now if now == to => return Ok(()),
-            Lifecycle::Active | Lifecycle::Paused => {}
-            ended @ (Lifecycle::ReauthRequired | Lifecycle::Deactivated) => {
-                return Err(Error::Ended(ended));
-            }
+        let tx = self.db.begin_bounded().await?;
+        let now = store::lock(&tx, id).await?;
+        if let Some(Lifecycle::Active | Lifecycle::Paused) = now
+            && now != Some(to)
+        {
+            store::set_status(&tx, id, to, None).await?;
+            return Ok(bus::commit(tx, &[Topic::Accounts]).await?);
         }
-        store::set_status(&tx, id, to, None).await?;
-        Ok(bus::commit(tx, &[Topic::Accounts]).await?)
+        tx.commit().await?;
+        match now.ok_or(Error::Unknown)? {
+            Lifecycle::Active | Lifecycle::Paused => Ok(()),
+            ended => Err(Error::Ended(ended)),
+        }
     }
 
     fn seal(&self, id: AccountId, tokens: &Tokens) -> SealedTokens {

@@ -3,8 +3,8 @@
 //! SQL is run in one way only: a [`Stmt`] with its parameter types, as an unnamed statement in one round trip, so that a transaction
 //! pooler in between changes nothing. Rooms keep their statements in their `store.rs`, made with [`statements!`](crate::statements).
 //!
-//! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, leases, snapshots,
-//! turns, key counters, `bus_versions` (topics alphabetically, last).
+//! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, their limits, leases,
+//! snapshots, turns, key counters, `bus_versions` (topics alphabetically, last).
 
 mod clock;
 pub mod dependents;
@@ -116,6 +116,15 @@ impl Db {
     /// As [`Db::connection`].
     pub async fn begin(&self) -> Result<Tx, Error> {
         Tx::begin(self.connection().await?, self.announced.clone()).await
+    }
+
+    /// As [`Db::begin`], for work that locks what turns need: it waits at most 5 s for a lock, and if nothing is heard of us for 10 s (a
+    /// terminal that sleeps), the server ends it.
+    ///
+    /// # Errors
+    /// As [`Db::connection`].
+    pub async fn begin_bounded(&self) -> Result<Tx, Error> {
+        self.begin().await?.bounded().await
     }
 
     /// Changes when a transaction of this process has ended with [`Tx::commit_and_announce`].

@@ -461,7 +461,6 @@ impl From<Failure> for ApiError {
             Class::Truncated => Code::UpstreamPrematureClose,
             Class::TooLarge => Code::StreamEventTooLarge,
             Class::PreviousResponseNotFound => Code::PreviousResponseNotFound,
-            Class::RateLimit | Class::Quota => Code::UsageLimitReached,
             Class::Auth | Class::ReauthRequired | Class::Deactivated => Code::NoAccounts,
             _ => Code::UpstreamError,
         };
@@ -475,11 +474,9 @@ impl From<Failure> for ApiError {
                 message: "No account of the pool is signed in upstream at the moment.".into(),
                 ..ours
             },
-            // Nor is one account's limit: its plan and its offers are not the client's.
+            // Nor is one account's limit, which others may not have reached: it is told only where it cut an answer short.
             (Class::RateLimit | Class::Quota, _) => Self {
-                message: "The accounts that could serve this have reached their limits.".into(),
-                resets_at: failure.resets_at,
-                retry_after: failure.retry_after.map(|wait| wait.min(LONGEST_WAIT)),
+                message: "The account that served this has reached its limit; try again.".into(),
                 ..ours
             },
             (Class::PreviousResponseNotFound, _) => ours,
@@ -518,7 +515,7 @@ impl From<Stop> for ApiError {
                 Code::UsageLimitReached,
                 "Every account of the pool has reached its usage limit.",
             )
-            .resets_at(Some(resets_at)),
+            .resets_at(resets_at),
             // Why is in the log: it speaks of accounts that are none of the client's business.
             Stop::Nobody { .. } => Self::new(
                 Code::NoAccounts,

@@ -45,6 +45,7 @@ pub use self::{
 use self::{
     late::{Away, Late},
     log::RequestLog,
+    used::Sums,
 };
 use crate::{
     db::{Class, Db, Error},
@@ -64,6 +65,7 @@ pub struct Ledger {
     boot: watch::Receiver<BootId>,
     log: RequestLog,
     away: Arc<Away>,
+    sums: Arc<Sums>,
 }
 
 impl Ledger {
@@ -74,12 +76,12 @@ impl Ledger {
         let log = RequestLog::new(&db);
         let writer = log.clone();
         tasks.essential("request_log", async move { writer.run().await });
-        let away = Arc::default();
         Self {
             db,
             boot,
             log,
-            away,
+            away: Arc::default(),
+            sums: Arc::default(),
         }
     }
 

@@ -54,7 +54,7 @@ pub struct Due {
 
 /// How asking stands, for people.
 #[derive(Clone, Debug, Serialize)]
-pub struct Standing {
+pub struct Schedule {
     /// What is asked.
     pub question: String,
     /// When next.
@@ -114,7 +114,7 @@ impl Polls {
     ///
     /// # Errors
     /// Of the database.
-    pub async fn of(&self, account: AccountId) -> Result<Vec<Standing>, Error> {
+    pub async fn of(&self, account: AccountId) -> Result<Vec<Schedule>, Error> {
         store::of(&self.0, account).await
     }
 }

@@ -14,6 +14,7 @@ mod state;
 mod store;
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -78,6 +79,8 @@ struct Shared {
     changed: watch::Sender<u64>,
     /// A block waits to be stored.
     urgent: Notify,
+    /// Held while something is being stored: who flushes then waits for that, too.
+    saving: tokio::sync::Mutex<()>,
 }
 
 impl Quota {
@@ -93,6 +96,7 @@ impl Quota {
                 known: Mutex::new((State::default(), anchor)),
                 changed: watch::Sender::new(0),
                 urgent: Notify::new(),
+                saving: tokio::sync::Mutex::default(),
             }),
         };
         quota.reload().await?;
@@ -123,8 +127,8 @@ impl Quota {
                     None => return,
                 },
                 // Samples that wait ride along: the bump is paid for.
-                () = self.shared.urgent.notified() => self.flush().await,
-                _ = ticks.tick() => self.flush().await,
+                () = self.shared.urgent.notified() => drop(self.flush().await),
+                _ = ticks.tick() => drop(self.flush().await),
             }
             if stale {
                 stale = match self.reload().await {
@@ -245,16 +249,27 @@ impl Quota {
         self.shared.changed.subscribe()
     }
 
-    /// Stores what is not stored yet and tells the other replicas. What fails is logged and kept for the next call.
-    pub async fn flush(&self) {
+    /// Takes over what is known of accounts that were merged into others, by the id of the one that is gone: now, and whatever is still
+    /// observed under the old id.
+    pub fn inherit(&self, heirs: &Arc<HashMap<AccountId, AccountId>>) {
+        let change = self.lock().0.inherit(Arc::clone(heirs));
+        self.announce(change);
+    }
+
+    /// Stores what is not stored yet and tells the other replicas. What fails is logged and kept for the next call. True if everything that
+    /// was known before is stored.
+    pub async fn flush(&self) -> bool {
+        let _saving = self.shared.saving.lock().await;
         let unsaved = self.lock().0.take_unsaved();
         if unsaved.is_empty() {
-            return;
+            return true;
         }
-        if let Err(error) = store::save(&self.shared.db, &unsaved).await {
+        let saved = store::save(&self.shared.db, &unsaved).await;
+        if let Err(error) = &saved {
             tracing::warn!(%error, "cannot store quota; it is kept in memory");
-            self.lock().0.keep_unsaved(unsaved);
+            self.lock().0.keep_unsaved(&unsaved);
         }
+        saved.is_ok()
     }
 
     async fn reload(&self) -> Result<(), Error> {

@@ -70,7 +70,8 @@ impl Tasks {
         }));
     }
 
-    /// Runs `work` every `period` (first after one period) until the process stops. A run that fails is its own affair.
+    /// Runs `work` every `period` (first after one period) until the process stops, which cuts a run that is under way. A run that fails is
+    /// its own affair.
     pub fn periodic<F, W>(&self, name: &'static str, period: Duration, mut work: W)
     where
         W: FnMut() -> F + Send + 'static,
@@ -78,13 +79,13 @@ impl Tasks {
     {
         let stop = self.stop.clone();
         drop(self.spawn(name, async move {
-            while stop
-                .run_until_cancelled(tokio::time::sleep(period))
-                .await
-                .is_some()
-            {
-                work().await;
-            }
+            let runs = async {
+                loop {
+                    tokio::time::sleep(period).await;
+                    work().await;
+                }
+            };
+            stop.run_until_cancelled(runs).await;
         }));
     }
 
@@ -175,5 +176,23 @@ impl Drop for Ended {
             self.failed.store(true, Ordering::Release);
             self.stop.cancel();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_periodic_run_that_never_ends_is_cut_when_the_process_stops() {
+        let tasks = Tasks::new();
+        let (began, mut begun) = tokio::sync::mpsc::unbounded_channel();
+        tasks.periodic("endless", Duration::from_secs(1), move || {
+            began.send(()).unwrap();
+            std::future::pending()
+        });
+        begun.recv().await.unwrap();
+        tasks.stop();
+        assert!(tasks.drained(Duration::from_secs(1)).await);
     }
 }

@@ -258,8 +258,8 @@ pub enum Stop {
     Upstream(Failure, Option<Event>),
     /// Every account that could serve has used up its limit.
     Exhausted {
-        /// Epoch seconds of the earliest reset.
-        resets_at: i64,
+        /// Epoch seconds of the earliest reset, if the client may see it.
+        resets_at: Option<i64>,
     },
     /// No account can serve.
     Nobody {

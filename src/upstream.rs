@@ -2,6 +2,7 @@
 //! clients, and keeps the [`View`] that selection reads.
 
 mod catalogue;
+mod claim;
 pub mod credential;
 pub mod http;
 pub mod login;
@@ -57,8 +58,10 @@ pub mod deadline {
     pub const TOTAL: Duration = Duration::from_secs(2 * 3600);
 }
 
-/// The longest that the view lags behind what this replica has learnt.
-const VIEW_LAG: Duration = Duration::from_millis(100);
+/// No document of upstream's is larger.
+const LARGEST: usize = 4 << 20;
+/// The longest that is waited for the view to show what this replica has learnt; some 20 ms are usual.
+const VIEW_LAG: Duration = Duration::from_secs(1);
 
 /// Why nothing came back: with the certainty that nothing was sent, or without.
 #[derive(Debug)]
@@ -239,6 +242,17 @@ pub fn client(config: &config::Upstream) -> anyhow::Result<reqwest::Client> {
         .pool_idle_timeout(Duration::from_secs(60))
         .build()
         .context("the upstream client")
+}
+
+/// The body of an answer that is read whole; a larger one is cut, so that it is no document any more.
+async fn bounded(mut response: reqwest::Response) -> reqwest::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    while body.len() < LARGEST
+        && let Some(chunk) = response.chunk().await?
+    {
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
 }
 
 /// Puts an account's credential on a request.

@@ -1,7 +1,7 @@
 //! The Codex CLI's `auth.json`. Only a ChatGPT login can be pooled; a file with an API key alone is refused. Keys are accepted in snake
 //! and in camel case, unknown ones are ignored. No error carries anything of the file.
 
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use secrecy::SecretString;
 use serde_json::Value;
 
@@ -76,7 +76,7 @@ impl AuthFile {
         Self {
             tokens,
             claims,
-            refreshed_at: issued.and_then(|text| text.parse().ok()),
+            refreshed_at: issued.and_then(moment),
         }
         .named()
     }
@@ -107,6 +107,12 @@ impl AuthFile {
             _ => Ok(self),
         }
     }
+}
+
+/// As exactly as the database keeps it, so that the two can be compared.
+fn moment(text: &str) -> Option<Timestamp> {
+    let exact: Timestamp = text.parse().ok()?;
+    exact.round(Unit::Microsecond).ok()
 }
 
 #[cfg(test)]
@@ -146,7 +152,8 @@ mod tests {
         assert_eq!(file.claims.chatgpt_user_id.as_deref(), Some("user-1"));
         assert_eq!(
             file.refreshed_at,
-            Some("2026-01-02T03:04:05.678901234Z".parse().unwrap())
+            Some("2026-01-02T03:04:05.678901Z".parse().unwrap()),
+            "as exactly as the database keeps it"
         );
     }
 

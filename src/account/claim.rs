@@ -48,6 +48,19 @@ impl Accounts {
         store::renew_claim(&self.db, id, claim, time).await
     }
 
+    /// Notes that upstream refused a generation by a word that nobody knows; yields whether the exchange before had the same end.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn doubt(
+        &self,
+        id: AccountId,
+        claim: Uuid,
+        generation: i64,
+    ) -> Result<bool, db::Error> {
+        store::doubt(&self.db, id, claim, generation).await
+    }
+
     /// Gives a claim back after an exchange that was answered.
     ///
     /// # Errors

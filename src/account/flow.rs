@@ -189,6 +189,14 @@ impl Accounts {
         }))
     }
 
+    /// Keeps the right for another `time`, unless somebody else has it by now.
+    ///
+    /// # Errors
+    /// Of the database.
+    pub async fn renew_flow(&self, held: &Held, time: Duration) -> Result<(), db::Error> {
+        store::renew(&self.db, held.id, held.claim, time).await
+    }
+
     /// Gives the right back: the login is still pending. `error` says why the last try failed; `slower` adds to the interval.
     ///
     /// # Errors

@@ -1,16 +1,19 @@
 //! Stores a login: one row per seat, however often and under whatever address somebody logs in. What [`merge`] decided is carried out in one
 //! transaction, under its locks, so that no replica ever sees half of it.
 
+use secrecy::{ExposeSecret as _, SecretString};
+
 use super::{
     Accounts, AuthFile, Error, Imported, email_of,
     flow::Held,
     merge::{self, Policy, Who},
-    store::{self, HeldRow, NewAccount},
+    store::{self, KnownRow, NewAccount},
 };
 use crate::{
     bus::{self, Topic},
     db::{Class, Tx},
     ids::AccountId,
+    routing::Lifecycle,
 };
 
 /// Tries of a login that meets others half-way.
@@ -31,7 +34,7 @@ impl Accounts {
     /// into a new one. Without a label the old one stays.
     ///
     /// # Errors
-    /// Of the database.
+    /// [`Error::Older`], or of the database.
     pub async fn import(&self, file: &AuthFile, label: Option<&str>) -> Result<Imported, Error> {
         self.import_by(Policy::LOGIN, file, label).await
     }
@@ -39,7 +42,7 @@ impl Accounts {
     /// [`Accounts::import`] by another rule of which rows are replaced.
     ///
     /// # Errors
-    /// Of the database.
+    /// As there.
     pub async fn import_by(
         &self,
         policy: Policy,
@@ -61,7 +64,7 @@ impl Accounts {
         let mut tries = 1;
         loop {
             let stored = async {
-                let tx = self.db.begin().await?;
+                let tx = self.db.begin_bounded().await?;
                 let imported = self.store(&tx, file, how).await?;
                 if let Some(flow) = how.flow
                     && !flow.finish(&tx, &imported).await?
@@ -88,44 +91,65 @@ impl Accounts {
         file: &AuthFile,
         How {
             policy,
-            label,
+            mut label,
             flow,
         }: How<'_>,
     ) -> Result<Imported, Error> {
         let target = flow.and_then(Held::wanted);
         let claims = &file.claims;
-        let hash = |email: &String| self.pepper.hash("email", email.to_lowercase().as_bytes());
         let mut who = Who {
             workspace: claims.chatgpt_account_id.clone(),
             user: claims.chatgpt_user_id.clone(),
-            email: claims.email.as_ref().map(|email| hash(email).to_vec()),
+            email: claims.email.as_deref().map(|email| self.email_hash(email)),
         };
         let new = AccountId::new();
         for (class, key) in merge::locks(&who, policy, new) {
             store::advisory(tx, class, key).await?;
         }
         let held = hold(tx, &who, policy, target).await?;
+        if flow.is_none() && held.iter().any(|row| is_newer(row, file)) {
+            return Err(Error::Older);
+        }
         let (id, merged) = match &held[..] {
             [] => (new, Vec::new()),
-            [kept, others @ ..] => (kept.id, others.iter().map(|row| row.id).collect()),
+            [kept, others @ ..] => (kept.row.id, others.iter().map(|one| one.row.id).collect()),
         };
-        // Of rows that become one, the oldest word counts.
-        let label = label.or_else(|| held.iter().find_map(|row| row.label.as_deref()));
-        who.user = who
-            .user
-            .or_else(|| held.iter().find_map(|row| row.user.clone()));
         for from in &merged {
             store::merge(tx, *from, id).await?;
         }
-        let email = claims.email.as_ref();
+        // What the login does not say is as it was: of rows that become one, the oldest word counts.
+        let mut email = claims.email.clone().map(SecretString::from);
+        let mut plan = claims.plan.as_deref();
+        for KnownRow {
+            row,
+            email_sealed,
+            label: named,
+            plan: known,
+            ..
+        } in &held
+        {
+            who.workspace = who.workspace.or_else(|| row.who.workspace.clone());
+            who.user = who.user.or_else(|| row.who.user.clone());
+            label = label.or(named.as_deref());
+            plan = plan.or(known.as_deref());
+            if let (None, Some(sealed)) = (&email, email_sealed) {
+                email = self
+                    .ring
+                    .open_text(email_of(&row.id.to_string()), sealed)
+                    .ok();
+            }
+        }
+        who.email = email
+            .as_ref()
+            .map(|email| self.email_hash(email.expose_secret()));
         let email_sealed =
-            email.map(|email| self.ring.seal(email_of(&id.to_string()), email.as_bytes()));
+            email.map(|email| self.ring.seal_text(email_of(&id.to_string()), &email));
         let account = NewAccount {
             id,
             who: &who,
             email_sealed: email_sealed.as_deref(),
             label,
-            plan: claims.plan.as_deref(),
+            plan,
             beside: !policy.by_seat,
         };
         let (label, plan) = store::save_account(tx, &account).await?;
@@ -137,26 +161,42 @@ impl Accounts {
             id,
             created: held.is_empty(),
             merged,
-            email: email.cloned(),
+            email: claims.email.clone(),
             label,
             plan,
         })
     }
+
+    fn email_hash(&self, email: &str) -> Vec<u8> {
+        let email = email.to_lowercase();
+        self.pepper.hash("email", email.as_bytes()).to_vec()
+    }
 }
 
-/// Locks the rows of a login, oldest first. Whoever deletes one at this moment does not know our locks: then it is looked for again.
+/// Whether the row has tokens that are good, as far as is known, and that were issued after those of the file.
+fn is_newer(row: &KnownRow, file: &AuthFile) -> bool {
+    matches!(row.lifecycle, Lifecycle::Active | Lifecycle::Paused)
+        && file
+            .refreshed_at
+            .is_some_and(|issued| row.refreshed_at > Some(issued))
+}
+
+/// Locks the rows of a login, oldest first. Whoever changes one at this moment may not know our locks: it is theirs only if it still is when
+/// it is locked.
 async fn hold(
     tx: &Tx,
     who: &Who,
     policy: Policy,
     target: Option<AccountId>,
-) -> Result<Vec<HeldRow>, Error> {
+) -> Result<Vec<KnownRow>, Error> {
+    let mut held = Vec::new();
     loop {
         let target = match target {
             Some(target) => Some(store::canonical(tx, target).await?),
             None => None,
         };
-        let rows = store::rows(tx, who, target).await?;
+        let mut known = store::rows(tx, who, target).await?;
+        let rows: Vec<merge::Row> = known.iter().map(|known| known.row.clone()).collect();
         let ids = match target {
             None => merge::rows_of(who, &rows, policy),
             Some(target) => {
@@ -165,10 +205,13 @@ async fn hold(
                 merge::rows_for(target, who, &rows, policy).ok_or(Error::OtherSeat)?
             }
         };
-        let held = store::hold(tx, &ids).await?;
-        if held.len() == ids.len() {
-            return Ok(held);
+        if ids == held {
+            known.retain(|known| ids.contains(&known.row.id));
+            known.sort_by_key(|known| ids.iter().position(|id| *id == known.row.id));
+            return Ok(known);
         }
+        store::hold(tx, &ids).await?;
+        held = ids;
     }
 }
 

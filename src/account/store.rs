@@ -1,6 +1,7 @@
 //! Statements of `accounts`, `account_credentials`, `account_models`, `plan_sightings` and `sticky_sessions`. Secrets come and go sealed.
 //!
-//! Whoever changes a credential or a life cycle locks the row of `accounts` first, so that a generation that was read under the lock holds.
+//! Whoever changes a credential or a life cycle locks the row of `accounts` first and reads in the next statement: one that waits for a lock
+//! sees the locked row as it is now, but everything else as it was before the wait.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -49,19 +50,19 @@ statements! { "account";
     /// Serialises logins that could be of one seat or address, also while the row that they would lock is not there.
     LOCK: [INT4, INT4] = "select pg_advisory_xact_lock($1, $2)";
 
-    /// Under the locks of the login: who else logs in as this seat waits for them. The row that a login is meant for ($4) is among them.
+    /// Under the locks of the login, before and after `HOLD`: whoever logs in as this seat waits for the former, but logins of two seats may
+    /// want one row. The row that a login is meant for ($4) is among them.
     ROWS: [TEXT, BYTEA, TEXT, UUID] = "
-        select account_id, chatgpt_account_id, chatgpt_user_id, email_hash, created_at from accounts
+        select account_id, chatgpt_account_id, chatgpt_user_id, email_hash, created_at, email_sealed, label, nullif(plan_type, 'unknown'),
+            status, generation, refreshed_at
+        from accounts left join account_credentials using (account_id)
         where chatgpt_account_id = $1 or email_hash = $2 or (chatgpt_account_id is null and chatgpt_user_id = $3) or account_id = $4";
 
     /// What an account is now.
     CANONICAL: [UUID] = "select coalesce((select to_id from account_merges where from_id = $1), $1)";
 
-    /// What is about to be replaced or merged away, in the order of ids. A row that was deleted meanwhile is not among them.
-    HOLD: [UUID_ARRAY] = "
-        select account_id, label, chatgpt_user_id,
-            (select generation from account_credentials c where c.account_id = a.account_id)
-        from accounts a where account_id = any($1) order by account_id for update";
+    /// What is about to be replaced, merged away or deleted, in the order of ids. A row that was deleted meanwhile is not among them.
+    HOLD: [UUID_ARRAY] = "select from accounts where account_id = any($1) order by account_id for update";
 
     /// After everything that depends on the row was moved; both rows are locked.
     MERGED: [UUID, UUID] = "insert into account_merges (from_id, to_id) values ($1, $2)";
@@ -103,20 +104,22 @@ statements! { "account";
         where account_id = $1 returning generation";
 
     /// Under `LOCK_ACCOUNT`.
-    SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type <> $2";
+    SET_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1";
 
-    /// Locks the account; what was named before is read under that lock.
+    /// Under `LOCK_ACCOUNT`.
+    LEARN_PLAN: [UUID, TEXT] = "update accounts set plan_type = $2 where account_id = $1 and plan_type = 'unknown'";
+
+    /// Under `LOCK_ACCOUNT`.
     SIGHTING: [UUID] = "
-        select a.plan_type, p.plan_type, p.seen_at from accounts a left join plan_sightings p using (account_id)
-        where account_id = $1 for no key update of a";
+        select a.plan_type, p.plan_type, p.seen_at from accounts a left join plan_sightings p using (account_id) where account_id = $1";
 
-    /// Under `SIGHTING`. The first sighting of a plan counts.
+    /// Under `LOCK_ACCOUNT`. The first sighting of a plan counts.
     SEE_PLAN: [UUID, TEXT] = "
         insert into plan_sightings as known (account_id, plan_type, seen_at) values ($1, $2, clock_timestamp())
         on conflict (account_id) do update set plan_type = excluded.plan_type, seen_at = excluded.seen_at
         where known.plan_type <> excluded.plan_type or known.seen_at < clock_timestamp() - interval '1 day'";
 
-    /// Under `SIGHTING`.
+    /// Under `LOCK_ACCOUNT`.
     FORGET_SIGHTING: [UUID] = "delete from plan_sightings where account_id = $1";
 
     /// Under `LOCK_ACCOUNT`.
@@ -148,6 +151,12 @@ statements! { "account";
             retry_at = clock_timestamp() + make_interval(mins => least(60, 5 * 2 ^ least(failures, 10))::int)
         where account_id = $1 and claimed_by = $2";
 
+    /// By the holder of the claim. Yields whether the same generation was doubted before.
+    DOUBT: [UUID, UUID, INT8] = "
+        update refresh_claims c set doubted_generation = $3 from refresh_claims before
+        where c.account_id = $1 and c.claimed_by = $2 and before.account_id = c.account_id
+        returning coalesce(before.doubted_generation = $3, false)";
+
     /// A plain read: whoever refreshes looks again.
     DUE: [FLOAT8, FLOAT8] = "
         select account_id from accounts join account_credentials using (account_id) left join refresh_claims c using (account_id)
@@ -156,7 +165,7 @@ statements! { "account";
                 or refreshed_at < clock_timestamp() - make_interval(secs => $2))
         order by refreshed_at limit 100";
 
-    /// Locks the account, then what depends on it.
+    /// Under `HOLD`; locks what depends on the account.
     DELETE: [UUID] = "delete from accounts where account_id = $1";
 
     /// The account's row is locked against deletion; of two writers the later one counts.
@@ -199,12 +208,17 @@ pub(super) struct NewAccount<'a> {
     pub(super) beside: bool,
 }
 
-/// A row that is about to be replaced or merged away.
-pub(super) struct HeldRow {
-    pub(super) id: AccountId,
+/// A row that a login may replace or merge away.
+pub(super) struct KnownRow {
+    pub(super) row: merge::Row,
+    pub(super) email_sealed: Option<Vec<u8>>,
     pub(super) label: Option<String>,
-    pub(super) user: Option<String>,
+    /// `None` if it is unknown.
+    pub(super) plan: Option<String>,
+    pub(super) lifecycle: Lifecycle,
+    /// 0 without a credential.
     pub(super) generation: i64,
+    pub(super) refreshed_at: Option<Timestamp>,
 }
 
 /// A status of a newer release is not ours to use.
@@ -253,38 +267,35 @@ pub(super) async fn rows(
     tx: &Connection,
     who: &Who,
     target: Option<AccountId>,
-) -> Result<Vec<merge::Row>, Error> {
+) -> Result<Vec<KnownRow>, Error> {
     let rows = tx
         .all(&ROWS, &[&who.workspace, &who.email, &who.user, &target])
         .await?;
     let read = |row: &Row| {
-        Ok(merge::Row {
-            id: row.try_get(0)?,
-            who: Who {
-                workspace: row.try_get(1)?,
-                user: row.try_get(2)?,
-                email: row.try_get(3)?,
+        Ok(KnownRow {
+            row: merge::Row {
+                id: row.try_get(0)?,
+                who: Who {
+                    workspace: row.try_get(1)?,
+                    user: row.try_get(2)?,
+                    email: row.try_get(3)?,
+                },
+                created_at: row.try_get(4)?,
             },
-            created_at: row.try_get(4)?,
+            email_sealed: row.try_get(5)?,
+            label: row.try_get(6)?,
+            plan: row.try_get(7)?,
+            lifecycle: lifecycle(row.try_get(8)?),
+            generation: row.try_get::<_, Option<i64>>(9)?.unwrap_or(0),
+            refreshed_at: row.try_get(10)?,
         })
     };
     rows.iter().map(read).collect()
 }
 
-/// Locks rows; yields those that are still there, in the order of `ids`.
-pub(super) async fn hold(tx: &Connection, ids: &[AccountId]) -> Result<Vec<HeldRow>, Error> {
-    let rows = tx.all(&HOLD, &[&ids]).await?;
-    let read = |row: &Row| {
-        Ok(HeldRow {
-            id: row.try_get(0)?,
-            label: row.try_get(1)?,
-            user: row.try_get(2)?,
-            generation: row.try_get::<_, Option<i64>>(3)?.unwrap_or(0),
-        })
-    };
-    let mut held: Vec<HeldRow> = rows.iter().map(read).collect::<Result<_, Error>>()?;
-    held.sort_by_key(|row| ids.iter().position(|id| *id == row.id));
-    Ok(held)
+/// Locks rows against every change; yields how many are still there.
+pub(super) async fn hold(tx: &Connection, ids: &[AccountId]) -> Result<u64, Error> {
+    tx.exec(&HOLD, &[&ids]).await
 }
 
 /// Merges one held row into another.
@@ -372,7 +383,6 @@ pub(super) async fn rotate(
     tx: &Connection,
     id: AccountId,
     tokens: &SealedTokens,
-    plan: Option<&str>,
 ) -> Result<i64, Error> {
     let SealedTokens {
         access,
@@ -380,9 +390,6 @@ pub(super) async fn rotate(
         id_token,
         access_expires_at,
     } = tokens;
-    if let Some(plan) = plan {
-        set_plan(tx, id, plan).await?;
-    }
     let row = tx
         .one(
             &ROTATE,
@@ -395,7 +402,7 @@ pub(super) async fn rotate(
 /// A plan and what was named against it, when.
 pub(super) type Sighting = (String, Option<(String, Timestamp)>);
 
-/// Locks an account; yields its plan and what was named against it. `None` if there is no such account.
+/// Of a locked account, its plan and what was named against it. `None` if there is no such account.
 pub(super) async fn sighting(tx: &Connection, id: AccountId) -> Result<Option<Sighting>, Error> {
     let Some(row) = tx.opt(&SIGHTING, &[&id]).await? else {
         return Ok(None);
@@ -404,12 +411,12 @@ pub(super) async fn sighting(tx: &Connection, id: AccountId) -> Result<Option<Si
     Ok(Some((row.try_get(0)?, named.zip(seen_at))))
 }
 
-/// Of an account that `sighting` locked.
+/// Of a locked account.
 pub(super) async fn see_plan(tx: &Connection, id: AccountId, named: &str) -> Result<(), Error> {
     tx.exec(&SEE_PLAN, &[&id, &named]).await.map(drop)
 }
 
-/// Of an account that `sighting` locked.
+/// Of a locked account.
 pub(super) async fn forget_sighting(tx: &Connection, id: AccountId) -> Result<(), Error> {
     tx.exec(&FORGET_SIGHTING, &[&id]).await.map(drop)
 }
@@ -417,6 +424,11 @@ pub(super) async fn forget_sighting(tx: &Connection, id: AccountId) -> Result<()
 /// Of a locked account.
 pub(super) async fn set_plan(tx: &Connection, id: AccountId, plan: &str) -> Result<(), Error> {
     tx.exec(&SET_PLAN, &[&id, &plan]).await.map(drop)
+}
+
+/// Of a locked account whose plan nobody knew.
+pub(super) async fn learn_plan(tx: &Connection, id: AccountId, plan: &str) -> Result<(), Error> {
+    tx.exec(&LEARN_PLAN, &[&id, &plan]).await.map(drop)
 }
 
 /// Of a locked account.
@@ -468,6 +480,16 @@ pub(super) async fn unclaim_failed(
         .map(drop)
 }
 
+pub(super) async fn doubt(
+    db: &Db,
+    id: AccountId,
+    claim: Uuid,
+    generation: i64,
+) -> Result<bool, Error> {
+    let row = db.opt(&DOUBT, &[&id, &claim, &generation]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
+}
+
 pub(super) async fn due(db: &Db, lead: Duration, age: Duration) -> Result<Vec<AccountId>, Error> {
     let rows = db
         .all(&DUE, &[&lead.as_secs_f64(), &age.as_secs_f64()])
@@ -477,7 +499,7 @@ pub(super) async fn due(db: &Db, lead: Duration, age: Duration) -> Result<Vec<Ac
 
 /// Whether there was such an account.
 pub(super) async fn delete(tx: &Connection, id: AccountId) -> Result<bool, Error> {
-    let there = lock(tx, id).await?.is_some();
+    let there = hold(tx, &[id]).await? == 1;
     if there {
         dependents::forget(tx, id).await?;
         tx.exec(&DELETE, &[&id]).await?;

@@ -11,12 +11,14 @@ use crate::{
     statements,
 };
 
-/// The grants without accounts that are gone: what names none but such still lets none.
+/// The grants with accounts as they are now: what was merged away is what it is part of, also if it was granted after the merge. Those that
+/// are gone are left out: what names none but such still lets none.
 macro_rules! grants {
     () => {
         "case jsonb_typeof(grants->'accounts') when 'array' then jsonb_set(grants, '{accounts}', (
-            select coalesce(jsonb_agg(id), '[]') from jsonb_array_elements(grants->'accounts') as id
-            where id in (select to_jsonb(account_id) from accounts))) else grants end"
+            select coalesce(jsonb_agg(distinct account_id), '[]') from jsonb_array_elements(grants->'accounts') as id
+            left join account_merges on to_jsonb(from_id) = id
+            join accounts on to_jsonb(account_id) = coalesce(to_jsonb(to_id), id))) else grants end"
     };
 }
 

@@ -74,7 +74,7 @@ pub(super) struct May {
     /// An account that may serve it (label, e-mail address or id), several times for several; or any, or none
     #[arg(long = "account", value_name = "ACCOUNT")]
     accounts: Vec<String>,
-    /// A model that it may use, several times for several; or any, or none
+    /// A model that it may use, by its name or an alias, several times for several; or any, or none
     #[arg(long = "model", value_name = "MODEL")]
     models: Vec<String>,
     /// What it sees of quota: pool (how much is used), limits (windows and their resets), both; or any, or none

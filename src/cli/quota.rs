@@ -9,7 +9,7 @@ use super::{Context, accounts};
 use crate::{
     account::{Accounts, Listed},
     ids::AccountId,
-    poll::{Polls, Standing},
+    poll::{Polls, Schedule},
     protocol::limits::{Family, Window as Kind},
     quota::{Known, Quota, Source},
     routing::{self, Lifecycle, effective_used},
@@ -57,7 +57,7 @@ struct Report {
     status: &'static str,
     families: BTreeMap<String, FamilyReport>,
     credits: Option<Credits>,
-    polls: Vec<Standing>,
+    polls: Vec<Schedule>,
 }
 
 #[derive(Default, Serialize)]
@@ -102,7 +102,7 @@ fn report(
     known: Known,
     windows: Vec<routing::Window>,
     blocks: Vec<routing::Block>,
-    polls: Vec<Standing>,
+    polls: Vec<Schedule>,
     now: Timestamp,
 ) -> Report {
     let age = |at: Timestamp| now.duration_since(at).as_secs().max(0);
@@ -318,7 +318,7 @@ mod tests {
             until: at(3_600).as_second(),
             reason: "usage_limit_reached".into(),
         }];
-        let polls = vec![Standing {
+        let polls = vec![Schedule {
             question: "usage".into(),
             due_at: at(48),
             answered_at: Some(at(-7_200)),

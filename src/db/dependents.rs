@@ -1,8 +1,8 @@
 //! Every column that names an account, and how it follows when one account is merged into another.
 //!
 //! The statements are those of many rooms' tables: what a merge moves must be moved by one transaction, so they stand here together. A test
-//! walks the schema and fails on a column named `*account_id*` that is not listed. Each takes the account that goes ($1) and the one that
-//! stays ($2); both rows are locked, and they run in the order of the list, which is the lock order of [`crate::db`].
+//! walks the schema and fails on a column that is named `*account_id*`, refers to `accounts` or is `jsonb`, and is not listed. Each takes
+//! the account that goes ($1) and the one that stays ($2); both rows are locked, and they run in the order of the list.
 
 use super::{Connection, Error, Stmt};
 use crate::{ids::AccountId, statements};
@@ -14,6 +14,8 @@ pub enum Follow {
     Now(&'static Stmt),
     /// In batches, after the merge; until then readers resolve it through `account_merges`.
     Later,
+    /// Never; readers resolve it through `account_merges`.
+    Resolved,
     /// It goes with its account: what it holds is of that login alone.
     Vanishes,
     /// It is no reference to a row of `accounts`.
@@ -39,6 +41,7 @@ pub static DEPENDENTS: &[Dependent] = &[
     dependent("refresh_claims", "account_id", Follow::Vanishes),
     dependent("account_merges", "to_id", Follow::Now(&MERGES)),
     dependent("account_models", "account_id", Follow::Now(&MODELS)),
+    dependent("account_models", "models", Follow::Foreign),
     dependent("quota_windows", "account_id", Follow::Now(&WINDOWS)),
     dependent("quota_blocks", "account_id", Follow::Now(&BLOCKS)),
     dependent("quota_credits", "account_id", Follow::Now(&CREDITS)),
@@ -54,6 +57,7 @@ pub static DEPENDENTS: &[Dependent] = &[
     dependent("turns", "account_id", Follow::Later),
     dependent("turns", "attempts", Follow::Later),
     dependent("request_log", "account_id", Follow::Later),
+    dependent("request_log", "explanation", Follow::Resolved),
 ];
 
 const fn dependent(table: &'static str, column: &'static str, follow: Follow) -> Dependent {
@@ -99,14 +103,11 @@ statements! { "db";
         update account_models set account_id = $2
         where account_id = $1 and not exists (select from account_models where account_id = $2)";
 
-    /// The later observation counts, as in the quota room. Both accounts' rows are locked first, in the order in which that room locks them.
+    /// The later observation counts, as in the quota room, which saves nothing of accounts that are locked.
     WINDOWS: [UUID, UUID] = "
-        with held as (
-            select from quota_windows where account_id in ($1, $2) order by account_id, family, window_minutes for update
-        )
         insert into quota_windows as known (account_id, family, window_minutes, used_percent, resets_at, observed_at, source)
         select $2, family, window_minutes, used_percent, resets_at, observed_at, source
-        from quota_windows where account_id = $1 and (select count(*) from held) >= 0
+        from quota_windows where account_id = $1
         on conflict (account_id, family, window_minutes) do update
         set used_percent = excluded.used_percent, resets_at = excluded.resets_at,
             observed_at = excluded.observed_at, source = excluded.source
@@ -114,23 +115,17 @@ statements! { "db";
 
     /// Two accounts of one seat share its limits: the block that stands counts, of two the later one, as in the quota room.
     BLOCKS: [UUID, UUID] = concat!("
-        with held as (
-            select from quota_blocks where account_id in ($1, $2) order by account_id, family for update
-        )
         insert into quota_blocks as known (account_id, family, blocked_at, blocked_until, reason, lifted_at)
         select $2, family, blocked_at, blocked_until, reason, lifted_at
-        from quota_blocks where account_id = $1 and (select count(*) from held) >= 0
+        from quota_blocks where account_id = $1
         on conflict (account_id, family) do update
         ", later_block!());
 
     /// As `WINDOWS`.
     CREDITS: [UUID, UUID] = concat!("
-        with held as (
-            select from quota_credits where account_id in ($1, $2) order by account_id for update
-        )
         insert into quota_credits as known (account_id, has_credits, unlimited, balance, observed_at, source)
         select $2, has_credits, unlimited, balance, observed_at, source
-        from quota_credits where account_id = $1 and (select count(*) from held) >= 0
+        from quota_credits where account_id = $1
         on conflict (account_id) do update
         ", later_credits!());
 

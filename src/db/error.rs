@@ -140,6 +140,7 @@ fn classify(error: &tokio_postgres::Error) -> Class {
         SqlState::ADMIN_SHUTDOWN
         | SqlState::CRASH_SHUTDOWN
         | SqlState::CANNOT_CONNECT_NOW
+        | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT
         | SqlState::TOO_MANY_CONNECTIONS
         | SqlState::QUERY_CANCELED
         | SqlState::READ_ONLY_SQL_TRANSACTION

@@ -17,6 +17,12 @@ static BEGIN: Stmt = Stmt {
     sql: "begin",
     types: &[],
 };
+/// For this transaction alone, so that a pooler does not matter.
+static BOUNDS: Stmt = Stmt {
+    name: "db.BOUNDS",
+    sql: "select set_config('lock_timeout', '5s', true), set_config('idle_in_transaction_session_timeout', '10s', true)",
+    types: &[],
+};
 static COMMIT: Stmt = Stmt {
     name: "db.COMMIT",
     sql: "commit",
@@ -34,6 +40,12 @@ impl Tx {
         };
         tx.exec(&BEGIN, &[]).await?;
         Ok(tx)
+    }
+
+    /// See [`Db::begin_bounded`](super::Db::begin_bounded).
+    pub(super) async fn bounded(self) -> Result<Self, Error> {
+        self.exec(&BOUNDS, &[]).await?;
+        Ok(self)
     }
 
     /// Makes the work durable and gives the connection back.

@@ -54,6 +54,12 @@ fn upstreams_words_are_passed_on_but_not_its_500s_and_not_the_state_of_an_accoun
         (400, "context_length_exceeded")
     );
     assert_eq!(ApiError::from(failure(500, "")).status(), 502);
+    let limit = r#"{"error":{"type":"usage_limit_reached","resets_at":1800003600}}"#;
+    let error = ApiError::from(failure(429, limit));
+    assert_eq!(
+        (error.status().as_u16(), error.object().resets_at),
+        (502, None)
+    );
     let error = ApiError::from(failure(
         401,
         r#"{"error":{"message":"Your session has ended","code":"token_expired"}}"#,

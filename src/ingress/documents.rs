@@ -50,22 +50,15 @@ async fn models(
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    let mut entries: Vec<Value> = state
-        .upstream
-        .models(caller.accounts())
-        .into_iter()
-        .filter(|entry| {
-            entry["slug"]
-                .as_str()
-                .is_some_and(|slug| caller.may_use(slug))
-        })
-        .collect();
+    let mut entries = state.upstream.models(caller.accounts());
     let named = |slug: &str| entries.iter().find(|entry| entry["slug"] == slug);
     // Under its other name a model is what it is.
     let others: Vec<Value> = state
         .aliases
         .iter()
-        .filter(|(alias, _)| named(alias).is_none())
+        .filter(|(alias, slug)| {
+            named(alias).is_none() && (caller.may_use(slug) || caller.may_use(alias))
+        })
         .filter_map(|(alias, slug)| {
             let mut entry = named(slug)?.clone();
             entry["slug"] = alias.as_str().into();
@@ -73,6 +66,10 @@ async fn models(
             Some(entry)
         })
         .collect();
+    entries.retain(|entry| {
+        let slug = entry["slug"].as_str();
+        slug.is_some_and(|slug| caller.may_use(slug))
+    });
     entries.extend(others);
     let list: Vec<Value> = entries
         .iter()

@@ -171,9 +171,9 @@ pub(super) async fn parse(
     Ok(request)
 }
 
-/// What the key's grants say about the request.
+/// What the key's grants say about the request: they name a model, or what it was asked for as.
 pub(super) fn admit(caller: &Caller, facts: &Facts) -> Result<(), ApiError> {
-    if caller.may_use(&facts.model) {
+    if caller.may_use(&facts.model) || caller.may_use(facts.asked_model()) {
         return Ok(());
     }
     telemetry::limit_rejected("model");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio_postgres::Row;
 
-use super::{Due, Question, Standing};
+use super::{Due, Question, Schedule};
 use crate::{
     db::{Db, Error},
     ids::AccountId,
@@ -92,9 +92,9 @@ pub(super) async fn failed(
     .map(drop)
 }
 
-pub(super) async fn of(db: &Db, account: AccountId) -> Result<Vec<Standing>, Error> {
+pub(super) async fn of(db: &Db, account: AccountId) -> Result<Vec<Schedule>, Error> {
     let standing = |row: &Row| {
-        Ok(Standing {
+        Ok(Schedule {
             question: row.try_get(0)?,
             due_at: row.try_get(1)?,
             answered_at: row.try_get(2)?,

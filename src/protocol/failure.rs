@@ -116,7 +116,7 @@ pub struct Failure {
     pub class: Class,
     /// The HTTP status, of the answer or of the frame.
     pub status: Option<u16>,
-    /// Upstream's `code`, or its `type` where it sent no code; lower case.
+    /// Upstream's `code`, or its `type` where it sent no code: a word in lower case, which may stand in logs and tables.
     pub code: Option<String>,
     /// Upstream's error `type`.
     pub kind: Option<String>,
@@ -126,8 +126,8 @@ pub struct Failure {
     pub param: Option<String>,
     /// The plan that upstream named.
     pub plan_type: Option<String>,
-    /// The limit that was hit.
-    pub family: Family,
+    /// The limit that was hit, where upstream named it.
+    pub family: Option<Family>,
     /// When the limit resets, epoch seconds, exactly as upstream said.
     pub resets_at: Option<i64>,
     /// After how long upstream wants to be asked again.
@@ -157,7 +157,7 @@ impl Failure {
             message: message.into(),
             param: None,
             plan_type: None,
-            family: Family::CODEX,
+            family: None,
             resets_at: None,
             retry_after: None,
             body: None,
@@ -241,11 +241,10 @@ impl Failure {
         Self {
             class: classify::class(error),
             status: error.status,
-            code: error
-                .code
-                .as_ref()
-                .or(error.kind.as_ref())
-                .map(|code| code.to_ascii_lowercase()),
+            code: [&error.code, &error.kind]
+                .into_iter()
+                .flatten()
+                .find_map(|code| word(code)),
             kind: error.kind.clone(),
             message: error.message.clone().unwrap_or_else(message),
             param: error.param.clone(),
@@ -261,6 +260,11 @@ impl Failure {
             body: None,
             observed_at: now,
         }
+    }
+
+    /// Whether it is one account's limit, or what its plan and credit cover: it says nothing of the other accounts.
+    pub fn is_limit(&self) -> bool {
+        matches!(self.class, Class::RateLimit | Class::Quota)
     }
 
     /// Upstream's code, else the class: the reason in tables and logs.
@@ -285,6 +289,12 @@ impl Failure {
         self.retry_after
             .map(|wait| wait.min(Duration::from_secs(300)))
     }
+}
+
+/// A code in lower case, unless it is more than a word: a sentence may name people.
+fn word(code: &str) -> Option<String> {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+    (code.len() <= 64 && code.bytes().all(letter)).then(|| code.to_ascii_lowercase())
 }
 
 /// A body that is a plain sentence, not a page.
@@ -313,6 +323,7 @@ impl std::error::Error for Failure {}
 mod tests {
     use super::*;
     use http::{HeaderName, HeaderValue};
+    use serde_json::json;
 
     const NOW: i64 = 1_800_000_000;
 
@@ -411,17 +422,38 @@ mod tests {
             ("x-codex-active-limit", "codex_bengalfox"),
             ("x-codex-bengalfox-primary-used-percent", "100"),
         ];
-        assert_eq!(
-            http(429, &headers, "").family,
-            Family::new("codex_bengalfox")
-        );
+        let spark = Some(Family::new("codex_bengalfox"));
+        assert_eq!(http(429, &headers, "").family, spark);
         let frame = br#"{"type":"error","status":429,"error":{"type":"usage_limit_reached"},
             "headers":{"x-codex-active-limit":"codex_bengalfox","x-codex-bengalfox-primary-used-percent":"100"}}"#;
         let error = ErrorBody::parse(frame).expect("an error");
-        assert_eq!(
-            Failure::from_event(&error, NOW).family,
-            Family::new("codex_bengalfox")
-        );
+        assert_eq!(Failure::from_event(&error, NOW).family, spark);
+        let main = [
+            ("x-codex-active-limit", "codex"),
+            ("x-codex-primary-used-percent", "100"),
+        ];
+        assert_eq!(http(429, &main, "").family, Some(Family::CODEX));
+        assert_eq!(http(429, &main[1..], "").family, None);
+    }
+
+    #[test]
+    fn a_sentence_in_place_of_a_code_reaches_the_client_alone() {
+        let long = "x".repeat(65);
+        for (error, expected) in [
+            (json!("Too many requests from bob@example.test"), None),
+            (json!({ "code": "ask bob@example.test" }), None),
+            (
+                json!({ "code": long, "type": "Usage_Limit.v2-b" }),
+                Some("usage_limit.v2-b"),
+            ),
+        ] {
+            let body = json!({ "error": error }).to_string();
+            let status = StatusCode::TOO_MANY_REQUESTS;
+            let failure = Failure::from_http(status, &HeaderMap::new(), &body.into(), NOW);
+            assert_eq!(failure.code.as_deref(), expected, "{error}");
+            assert_eq!(failure.word(), expected.unwrap_or("rate_limit"));
+            assert!(!failure.to_string().contains("bob"), "{error}");
+        }
     }
 
     #[test]

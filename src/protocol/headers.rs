@@ -69,7 +69,13 @@ const RESPONSE: &[&str] = &[
 ];
 const RESPONSE_PREFIXES: &[&str] = &["access-control-", "x-codex-", "x-ratelimit-"];
 /// Families of limits besides `x-codex-*`: `x-<limit>-primary-used-percent` and the like.
-const LIMITS: &[&str] = &["-primary-", "-secondary-", "-limit-name"];
+const LIMITS: &[&str] = &[
+    "-primary-",
+    "-secondary-",
+    "-monthly-",
+    "-credits-",
+    "-limit-name",
+];
 
 const BETA: HeaderName = HeaderName::from_static("openai-beta");
 const BETA_WEBSOCKET: &str = "responses_websockets=2026-02-06";
@@ -333,6 +339,8 @@ mod tests {
             ("x-codex-active-limit", "codex", false),
             ("x-spark-primary-used-percent", "12", false),
             ("x-spark-limit-name", "Spark", false),
+            ("x-spark-monthly-used-percent", "12", false),
+            ("x-spark-credits-balance", "12", false),
             ("x-ratelimit-remaining-tokens", "12", false),
             ("x-models-etag", "e", false),
             ("x-request-id", "r", false),

@@ -141,8 +141,6 @@ impl Credits {
 pub struct Observation {
     /// Whose limit it is.
     pub family: Family,
-    /// The name for people, e.g. `GPT-5.3-Codex-Spark`.
-    pub limit_name: Option<String>,
     /// The windows, each at most once.
     pub windows: Vec<WindowSample>,
     /// Credits, where the feed tells.
@@ -151,15 +149,13 @@ pub struct Observation {
     pub plan_type: Option<String>,
     /// Upstream's own verdict, where the feed tells. It ranks; only errors block.
     pub limit_reached: Option<bool>,
-    /// `rate_limit_reached_type`, e.g. `workspace_member_credits_depleted`.
-    pub reached_type: Option<String>,
 }
 
 impl Observation {
     /// Whether nothing was said.
     fn is_empty(&self) -> bool {
-        let verdicts = self.limit_reached.is_some() || self.reached_type.is_some();
-        self.windows.is_empty() && self.credits.is_none() && self.plan_type.is_none() && !verdicts
+        let told = self.credits.is_some() || self.plan_type.is_some();
+        self.windows.is_empty() && !told && self.limit_reached.is_none()
     }
 }
 

@@ -24,7 +24,7 @@ pub enum Source {
     Event,
     /// The headers of an answer that accepted the turn.
     Header,
-    /// The usage endpoint.
+    /// An answer that served no turn: the usage endpoint, the headers of a document or of a socket's handshake.
     Poll,
     /// The usage endpoint, by leaving it out: the account has no such window any more.
     Unlisted,

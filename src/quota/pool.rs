@@ -65,7 +65,7 @@ pub fn pool_view(view: &View, now: i64, seen: QuotaVisibility<'_>) -> PoolView {
     }
 }
 
-/// As selection sees it.
+/// Whether all of these are blocked for the family, told as in selection; which asks every account also for a family that some have no window of.
 fn exhausted(active: &[&Account], family: &str, now: i64) -> bool {
     let mut standing = Standing::default();
     for account in active {

@@ -1,6 +1,9 @@
 //! What is known of every account's limits, and what of it the database does not know yet. Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 
@@ -60,6 +63,8 @@ impl Change {
 #[derive(Debug, Default)]
 pub(super) struct State {
     accounts: HashMap<AccountId, Limits>,
+    /// Of the accounts that were merged into others, by the id that is gone.
+    heirs: Arc<HashMap<AccountId, AccountId>>,
     unsaved_windows: BTreeSet<WindowKey>,
     unsaved_blocks: BTreeSet<BlockKey>,
     unsaved_credits: BTreeSet<AccountId>,
@@ -82,6 +87,7 @@ impl State {
         source: Source,
         now: Timestamp,
     ) -> Change {
+        let account = self.heir(account);
         let mut change = Change::default();
         if let Some(credits) = observation.credits {
             let sample = CreditSample {
@@ -122,6 +128,7 @@ impl State {
         observed_at: Timestamp,
         now: Timestamp,
     ) -> Change {
+        let account = self.heir(account);
         let told = |family: &Family| {
             let observation = report
                 .observations
@@ -218,12 +225,33 @@ impl State {
     }
 
     pub(super) fn block(&mut self, account: AccountId, family: &Family, block: Block) -> Change {
+        let account = self.heir(account);
         self.accounts
             .entry(account)
             .or_default()
             .merge_block(family.clone(), block);
         self.unsaved_blocks.insert((account, family.clone()));
         Change::URGENT
+    }
+
+    /// Takes over what is known under ids that are gone. What was learnt under one may never have been stored, so none of it counts as that.
+    pub(super) fn inherit(&mut self, heirs: Arc<HashMap<AccountId, AccountId>>) -> Change {
+        self.heirs = heirs;
+        let heirs = Arc::clone(&self.heirs);
+        let mut change = Change::default();
+        for (gone, heir) in heirs.iter() {
+            if let Some(limits) = self.accounts.remove(gone) {
+                let rows = limits.of(*heir);
+                self.keep_unsaved(&rows);
+                change = change.and(self.merge(rows));
+            }
+        }
+        change
+    }
+
+    /// The account under the id that it has now.
+    fn heir(&self, account: AccountId) -> AccountId {
+        self.heirs.get(&account).copied().unwrap_or(account)
     }
 
     /// Takes in what the database knows.
@@ -288,13 +316,13 @@ impl State {
     }
 
     /// Takes back what could not be stored.
-    pub(super) fn keep_unsaved(&mut self, rows: Rows) {
+    pub(super) fn keep_unsaved(&mut self, rows: &Rows) {
         self.unsaved_windows
-            .extend(rows.windows.into_iter().map(|(key, _)| key));
+            .extend(rows.windows.iter().map(|(key, _)| key.clone()));
         self.unsaved_blocks
-            .extend(rows.blocks.into_iter().map(|(key, _)| key));
+            .extend(rows.blocks.iter().map(|(key, _)| key.clone()));
         self.unsaved_credits
-            .extend(rows.credits.into_iter().map(|(account, _)| account));
+            .extend(rows.credits.iter().map(|(account, _)| *account));
     }
 
     /// Everything that is known of an account.
@@ -330,6 +358,25 @@ impl State {
 }
 
 impl Limits {
+    /// All of it as the rows of an account.
+    fn of(self, account: AccountId) -> Rows {
+        let windows = self.windows.into_iter();
+        let blocks = self.blocks.into_iter();
+        Rows {
+            windows: windows
+                .map(|((family, minutes), sample)| ((account, family, minutes), sample))
+                .collect(),
+            blocks: blocks
+                .map(|(family, block)| ((account, family), block))
+                .collect(),
+            credits: self
+                .credits
+                .map(|sample| (account, sample))
+                .into_iter()
+                .collect(),
+        }
+    }
+
     /// What was known before, and what is now.
     fn merge_window(&mut self, key: (Family, u32), sample: Sample) -> (Option<Sample>, Sample) {
         let before = self.windows.get(&key).copied();

@@ -1,5 +1,7 @@
 //! Statements of `quota_windows`, `quota_blocks`, `quota_credits` and `usage_history`.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::types::ToSql;
 
 use super::{Block, CreditSample, Sample, state::Rows};
@@ -9,6 +11,7 @@ use crate::{
         Db, Error,
         dependents::{later_block, later_credits},
     },
+    ids::AccountId,
     protocol::limits::{Credits, Family},
     statements,
 };
@@ -26,6 +29,9 @@ statements! { "quota";
 
     /// As `WINDOWS`.
     CREDITS: [] = "select account_id, has_credits, unlimited, balance, observed_at, source from quota_credits";
+
+    /// Before anything is saved of them, so that who merges or deletes an account meets nobody who saves, and moves what they have saved.
+    HOLD: [UUID_ARRAY] = "select from accounts where account_id = any($1) order by account_id for key share";
 
     /// `merge_window`, row by row: under the row lock the older of two writers finds the newer state and leaves it. Rows are locked in the
     /// order of their keys, so that two writers cannot deadlock. An account that was deleted meanwhile is left out. No observation is from
@@ -150,7 +156,12 @@ pub(super) async fn save(
         credits,
     }: &Rows,
 ) -> Result<(), Error> {
+    let accounts: BTreeSet<AccountId> = (windows.iter().map(|((account, ..), _)| *account))
+        .chain(blocks.iter().map(|((account, _), _)| *account))
+        .chain(credits.iter().map(|(account, _)| *account))
+        .collect();
     let tx = db.begin().await?;
+    tx.exec(&HOLD, &[&Vec::from_iter(accounts)]).await?;
     if !windows.is_empty() {
         let params: [&(dyn ToSql + Sync); 7] = [
             &column(windows, |((account, ..), _)| *account),

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{
-    Account, Chosen, Exclusion, Explanation, Policy, Standing, Status, Strategy, View,
+    Account, Chosen, Exclusion, Explanation, Lifecycle, Policy, Standing, Status, Strategy, View,
     limits::{next_loss, scarcest_used},
     status,
 };
@@ -18,7 +18,7 @@ const LONG_BLOCK: i64 = 3_600;
 /// What an account without any known window of the family counts as used, in percent: neither preferred nor shunned.
 const NEUTRAL_USED: f64 = 50.0;
 
-/// Resets within the same so many seconds are one: upstream's trembles.
+/// Resets within so many seconds of the soonest are as soon: upstream's trembles.
 const SAME_RESET: i64 = 3_600;
 
 /// What a turn asks for.
@@ -117,11 +117,13 @@ impl Sticky {
 /// scarcest window, divided by one plus the turns in flight. Accounts under a penalty serve only where no other can.
 #[must_use]
 pub fn select(view: &View, ask: &Ask<'_>) -> Decision {
-    // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better.
-    let listed = view
-        .accounts
-        .iter()
-        .any(|account| lists(account, ask.model) == Some(true));
+    // A model that no catalogue lists excludes nobody: catalogues omit hidden models, and upstream knows better. Those count that could
+    // serve the caller: what others list helps nobody.
+    let listed = view.accounts.iter().any(|account| {
+        account.lifecycle == Lifecycle::Active
+            && is_granted(account, ask)
+            && lists(account, ask.model) == Some(true)
+    });
     let (incumbent, otherwise) = preference(view, ask, listed);
     let mut explanation = Explanation {
         strategy: ask.policy.strategy,
@@ -129,7 +131,7 @@ pub fn select(view: &View, ask: &Ask<'_>) -> Decision {
         ..Explanation::default()
     };
     let mut standing = Standing::default();
-    let mut draw = Draw::default();
+    let mut draw = Draw::by(ask.policy.strategy);
     for account in &view.accounts {
         match consider(account, ask, listed, &mut standing) {
             Ok(candidate) => {
@@ -185,8 +187,8 @@ struct Candidate {
     in_flight: u32,
     penalised: bool,
     rank: Rank,
-    /// Of the best rank only the lowest are drawn from.
-    order: i64,
+    /// Of the best rank only the lowest are drawn from; `None` goes with any.
+    order: Option<i64>,
     /// The share of the draw.
     weight: f64,
 }
@@ -230,6 +232,11 @@ struct Refusal {
     until: Option<i64>,
 }
 
+fn is_granted(account: &Account, ask: &Ask<'_>) -> bool {
+    ask.allowed
+        .is_none_or(|allowed| allowed.contains(&account.id))
+}
+
 /// Whether the account's catalogue has the model; `None` without a catalogue.
 fn lists(account: &Account, model: &str) -> Option<bool> {
     account.models.as_ref().map(|models| models.contains(model))
@@ -242,10 +249,7 @@ fn consider(
     standing: &mut Standing,
 ) -> Result<Candidate, Refusal> {
     let refuse = |exclusion, until| Err(Refusal { exclusion, until });
-    if ask
-        .allowed
-        .is_some_and(|allowed| !allowed.contains(&account.id))
-    {
+    if !is_granted(account, ask) {
         return refuse(Exclusion::NotGranted, None);
     }
     let status = status(account, ask.family, ask.now);
@@ -290,13 +294,14 @@ fn candidate(account: &Account, ask: &Ask<'_>) -> Candidate {
     let by_pressure = attraction / (1.0 + f64::from(in_flight));
     let (order, weight) = match ask.policy.strategy {
         // Of those that fail, the one that is to be tried again first.
-        _ if penalised => (account.load.penalty.ends_at(), 1.0),
-        Strategy::Capacity => (0, by_pressure),
+        _ if penalised => (Some(account.load.penalty.ends_at()), 1.0),
+        Strategy::Capacity => (None, by_pressure),
+        // One that nobody knows is told by its first turn; until then it goes with the soonest.
         Strategy::SoonestReset => {
-            let lost = next_loss(account, ask.family, ask.now);
-            (lost.map_or(i64::MAX, |at| at / SAME_RESET), by_pressure)
+            let lost = || next_loss(account, ask.family, ask.now).unwrap_or(i64::MAX);
+            (used.map(|_| lost()), by_pressure)
         }
-        Strategy::RoundRobin => (account.load.last().cast_signed(), 1.0),
+        Strategy::RoundRobin => (Some(account.load.last().cast_signed()), 1.0),
     };
     Candidate {
         account: account.id,
@@ -335,27 +340,40 @@ fn preference(view: &View, ask: &Ask<'_>, listed: bool) -> (Option<Candidate>, S
 }
 
 /// The accounts to draw from: those of the best rank and, of these, of the lowest order.
-#[derive(Default)]
 struct Draw {
-    best: Option<(Rank, i64)>,
+    strategy: Strategy,
+    best: Rank,
     candidates: Vec<Candidate>,
 }
 
 impl Draw {
+    fn by(strategy: Strategy) -> Self {
+        Self {
+            strategy,
+            best: Rank::default(),
+            candidates: Vec::new(),
+        }
+    }
+
     fn offer(&mut self, candidate: Candidate) {
-        let (rank, order) = (candidate.rank, candidate.order);
-        let better = |best: (Rank, i64)| rank > best.0 || (rank == best.0 && order < best.1);
-        if self.best.is_none_or(better) {
-            self.best = Some((rank, order));
+        if candidate.rank > self.best {
+            self.best = candidate.rank;
             self.candidates.clear();
         }
-        if self.best == Some((rank, order)) {
+        if candidate.rank == self.best {
             self.candidates.push(candidate);
         }
     }
 
     /// Where `point` falls if each has its weight of 0..1.
-    fn at(&self, point: f64) -> Option<Candidate> {
+    fn at(mut self, point: f64) -> Option<Candidate> {
+        let near = match self.strategy {
+            Strategy::SoonestReset if self.best.sound => SAME_RESET,
+            _ => 1,
+        };
+        let lowest = self.candidates.iter().filter_map(|one| one.order).min();
+        let is_low = |order: i64| lowest.is_none_or(|lowest| order - lowest < near);
+        self.candidates.retain(|one| one.order.is_none_or(is_low));
         let total: f64 = self.candidates.iter().map(|one| one.weight).sum();
         let mut rest = point * total;
         let mut drawn = self.candidates.iter().filter(|one| {

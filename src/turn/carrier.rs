@@ -1,6 +1,9 @@
 //! What carries a turn to the upstream: a request of its own, or the socket of a session.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -120,6 +123,7 @@ impl Carrier {
         credential: &Credential,
         ask: &Ask,
         detour: bool,
+        began: Instant,
     ) -> Result<(), Failure> {
         let Self::Socket(place) = self else {
             return Ok(());
@@ -132,7 +136,9 @@ impl Carrier {
         }
         *place = None;
         let headers = headers::to_upstream_websocket(&ask.headers);
-        let socket = upstream.connect(account, credential, headers).await?;
+        let socket = upstream
+            .connect(account, credential, headers, began)
+            .await?;
         let turn_state = socket.headers().get("x-codex-turn-state");
         let turn_state = turn_state.and_then(|value| value.to_str().ok());
         *place = Some(Box::new(Line {
@@ -153,6 +159,7 @@ impl Carrier {
         account: AccountId,
         credential: &Credential,
         ask: &Ask,
+        began: Instant,
     ) -> Result<Source<'_>, Unsent> {
         if !fits(ask) {
             // What a socket remembers ends with a turn that does not pass through it.
@@ -171,8 +178,8 @@ impl Carrier {
             _ => {
                 let headers = headers::to_upstream_http(&ask.headers);
                 let body = ask.request.body.clone();
-                let events = upstream.create(account, credential, headers, body).await?;
-                Ok(Source::Http(events))
+                let events = upstream.create(account, credential, headers, body, began);
+                Ok(Source::Http(events.await?))
             }
         }
     }

@@ -78,7 +78,7 @@ enum Ended {
     Complete,
     Upstream(Box<Failure>, Option<String>),
     Exhausted {
-        resets_at: i64,
+        resets_at: Option<i64>,
     },
     Nobody {
         why: String,

@@ -287,6 +287,7 @@ impl<'a> Turn<'a> {
         };
         let mut freshness = Freshness::Any;
         let mut again = None;
+        // Of the failures that are not one account's limit: those say nothing of the pool.
         let mut last: Option<(Failure, Option<Told>)> = None;
         loop {
             if self.engine.cancel.is_cancelled() {
@@ -302,10 +303,7 @@ impl<'a> Turn<'a> {
                 Some(account) => account,
                 None => match self.choose(preferred).await {
                     Ok(account) => {
-                        self.tries = Tries {
-                            accounts: self.tries.accounts + 1,
-                            ..Tries::default()
-                        };
+                        self.tries = self.tries.at_next_account();
                         freshness = Freshness::Any;
                         account
                     }
@@ -382,7 +380,9 @@ impl<'a> Turn<'a> {
                     again = Some(account);
                 }
             }
-            last = Some((failure, told));
+            if !failure.is_limit() {
+                last = Some((failure, told));
+            }
         }
     }
 
@@ -473,11 +473,8 @@ impl<'a> Turn<'a> {
 
     /// The limit that was hit: the one upstream named, else that of the model.
     fn family(&self, failure: &Failure) -> Family {
-        if failure.family == Family::CODEX {
-            Family::new(family_of(&self.ask.request.facts.model))
-        } else {
-            failure.family.clone()
-        }
+        let of_model = || Family::new(family_of(&self.ask.request.facts.model));
+        failure.family.clone().unwrap_or_else(of_model)
     }
 
     fn now(&self) -> i64 {
@@ -485,7 +482,7 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// What the client is told when there is nothing left to try: the pool's exhaustion, else the last real failure.
+/// What the client is told when there is nothing left to try: the pool's exhaustion, else the last failure that was no account's limit.
 fn last_word(last: Option<(Failure, Option<Told>)>, otherwise: Stop) -> Stop {
     match (last, otherwise) {
         (Some((failure, told)), Stop::Nobody { .. } | Stop::Busy) => Stop::upstream(failure, told),

@@ -11,6 +11,7 @@ use crate::{
     bus::{Bus, Topic},
     db,
     ids::AccountId,
+    routing::Lifecycle,
     task::Tasks,
     telemetry,
 };
@@ -65,14 +66,18 @@ fn label(models: &PerAccount) {
 }
 
 impl Upstream {
-    /// The union of what the allowed accounts list, by slug; of two entries of one slug that of the older account.
+    /// The union of what the allowed accounts in service list, by slug; of two entries of one slug that of the older account.
     #[must_use]
     pub fn models(&self, allowed: Option<&[AccountId]>) -> Vec<Value> {
         let catalogue = Arc::clone(&self.catalogue.0.borrow());
+        let view = self.view();
         let mut union = BTreeMap::new();
         let mut order = Vec::new();
         for (account, entries) in catalogue.iter() {
-            if allowed.is_some_and(|allowed| !allowed.contains(account)) {
+            let known = view.account(*account);
+            if known.is_none_or(|known| known.lifecycle != Lifecycle::Active)
+                || allowed.is_some_and(|allowed| !allowed.contains(account))
+            {
                 continue;
             }
             for entry in entries {
@@ -90,12 +95,8 @@ impl Upstream {
     pub(super) async fn ask_models(&self, account: AccountId) -> Result<(), Unanswered> {
         let path = format!("/codex/models?client_version={CLIENT_VERSION}");
         let (body, _) = self.ask(account, &path).await?;
-        let catalogue: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let models = catalogue
-            .get("models")
-            .filter(|models| models.is_array())
-            .ok_or_else(|| Unanswered::new("not_understood"))?;
-        Ok(self.accounts.store_models(account, models).await?)
+        let models = listed(&body).ok_or_else(|| Unanswered::new("not_understood"))?;
+        Ok(self.accounts.store_models(account, &models).await?)
     }
 
     /// Ends when accounts were added or removed, at the latest after `patience`.
@@ -115,5 +116,36 @@ impl Upstream {
                 .eq(known.iter().copied())
         });
         drop(tokio::time::timeout(patience, other).await);
+    }
+}
+
+/// What a catalogue lists; nothing is no answer: an account without any model is not one that upstream would serve.
+fn listed(body: &[u8]) -> Option<Value> {
+    let mut catalogue: Value = serde_json::from_slice(body).ok()?;
+    let models = catalogue.get_mut("models")?.take();
+    let named = models
+        .as_array()?
+        .iter()
+        .any(|model| model["slug"].is_string());
+    named.then_some(models)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_catalogue_without_a_model_is_no_answer() {
+        for (body, understood) in [
+            (r#"{"models":[{"slug":"gpt-5.5"},{}]}"#, true),
+            (r#"{"models":[]}"#, false),
+            (r#"{"models":[{"id":"gpt-5.5"},7]}"#, false),
+            (r#"{"models":{"slug":"gpt-5.5"}}"#, false),
+            (r#"{"data":[{"slug":"gpt-5.5"}]}"#, false),
+            ("[]", false),
+            ("<html>", false),
+        ] {
+            assert_eq!(listed(body.as_bytes()).is_some(), understood, "{body}");
+        }
     }
 }

@@ -12,14 +12,18 @@ use std::{
 };
 
 use futures_util::{
-    FutureExt as _,
+    FutureExt as _, StreamExt as _,
     future::{BoxFuture, Shared},
+    stream,
 };
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
 use uuid::Uuid;
 
-use super::oauth::{self, RefreshError};
+use super::{
+    claim::kept,
+    oauth::{self, RefreshError},
+};
 use crate::{
     account::{self, Accounts, Claim, Stored, Tokens},
     bus::{Bus, Topic},
@@ -38,11 +42,15 @@ const AGE: SignedDuration = SignedDuration::from_hours(8 * 24);
 const MARGIN: SignedDuration = SignedDuration::from_secs(30);
 /// After an exchange that did not help there is no other for this long.
 const PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// ... and for this long after a refusal by a word that nobody knows: whatever is wrong with everybody's exchanges is over by then.
+const DOUBT: SignedDuration = SignedDuration::from_mins(5);
 /// How long an exchange stays one replica's after that has died; a living one renews its claim.
 const CLAIM: Duration = Duration::from_secs(5);
 /// How often a replica looks whether the exchange of another has ended, and how long it does.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Logins that are kept fresh at once: an endpoint that hangs keeps each for many seconds.
+const AT_ONCE: usize = 4;
 /// How long a refused replica waits for a peer that may have won the exchange to store its result.
 const RIVAL: Duration = Duration::from_secs(1);
 /// Between two tries to store fresh tokens, doubled each time.
@@ -131,7 +139,7 @@ impl Credentials {
         Self(inner)
     }
 
-    /// A credential for an account, refreshed if need be. Does not wait if a good one is in memory; may be cancelled at any time.
+    /// A credential for an account, refreshed if need be. Waits for an exchange only if there is no good one; may be cancelled at any time.
     ///
     /// # Errors
     /// If there is none: see [`CredentialError`].
@@ -142,8 +150,8 @@ impl Credentials {
     ) -> Result<Arc<Credential>, CredentialError> {
         loop {
             let credential = match self.0.look(account, freshness) {
-                Look::Here(credential) => return Ok(credential),
-                Look::Coming(flight) => flight.await?,
+                Ok(credential) => return Ok(credential),
+                Err(flight) => flight.await?,
             };
             // A flight that was under way may have wanted less.
             if freshness.accepts(credential.generation) {
@@ -160,11 +168,14 @@ impl Credentials {
     /// If the database cannot be asked which are due; what became of each is logged where it happened.
     pub async fn keep_fresh(&self) -> Result<(), db::Error> {
         let due = self.0.accounts.due(LEAD.unsigned_abs(), AGE.unsigned_abs());
-        for account in due.await? {
-            if let Err(error) = self.fresh(account, Freshness::Any).await {
+        let renewed = stream::iter(due.await?).for_each_concurrent(AT_ONCE, |account| async move {
+            let any = Freshness::Any;
+            let flight = self.0.flight(&mut self.0.known(), account, any, true);
+            if let Err(error) = flight.await {
                 tracing::debug!(account_id = %account, %error, "an account's login is not kept fresh");
             }
-        }
+        });
+        renewed.await;
         Ok(())
     }
 }
@@ -199,6 +210,10 @@ impl Opened {
             usable_until: expires.saturating_sub(MARGIN).unwrap_or(Timestamp::MIN),
         }
     }
+
+    fn is_good(&self, now: Timestamp) -> bool {
+        now < self.refresh_at.max(self.usable_until)
+    }
 }
 
 /// A token that lives shortly is not refreshed before half its life.
@@ -215,11 +230,6 @@ fn refresh_at(refreshed: Timestamp, expires: Timestamp) -> Timestamp {
 
 /// One look-up, and the exchange if there must be one, in a task of its own; all who wait for it share it.
 type Flight = Shared<BoxFuture<'static, Result<Arc<Credential>, CredentialError>>>;
-
-enum Look {
-    Here(Arc<Credential>),
-    Coming(Flight),
-}
 
 #[derive(Default)]
 struct Slot {
@@ -246,46 +256,62 @@ struct Inner {
 }
 
 impl Inner {
-    /// The credential in memory, or the flight that fetches one.
-    fn look(self: &Arc<Self>, account: AccountId, freshness: Freshness) -> Look {
+    /// The credential in memory, or the flight that fetches one. One that is good but due is renewed meanwhile.
+    fn look(
+        self: &Arc<Self>,
+        account: AccountId,
+        freshness: Freshness,
+    ) -> Result<Arc<Credential>, Flight> {
         let now = self.clock.now();
         let mut known = self.known();
-        let epoch = known.epoch;
         let slot = known.slots.entry(account).or_default();
         // What upstream refused to one caller is not given to the next.
         slot.opened
             .take_if(|opened| !freshness.accepts(opened.credential.generation));
-        if let Some(opened) = &slot.opened {
-            let failed = failed_lately(slot.failed, opened.credential.generation, now);
-            if now < opened.refresh_at || (failed && now < opened.usable_until) {
-                return Look::Here(Arc::clone(&opened.credential));
-            }
+        let Some(opened) = slot.opened.as_ref().filter(|opened| opened.is_good(now)) else {
+            return Err(self.flight(&mut known, account, freshness, false));
+        };
+        let credential = Arc::clone(&opened.credential);
+        if now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now) {
+            drop(self.flight(&mut known, account, freshness, true));
         }
-        if let Some(flight) = &slot.flight {
-            return Look::Coming(flight.clone());
-        }
-        let landing = Landing(Arc::clone(self), account);
-        let task = self.tasks.spawn("credential", async move {
-            landing.0.fetch(account, freshness, epoch).await
-        });
-        let flight = task
-            .map(|ended| ended.unwrap_or(Err(CredentialError::Transient)))
-            .boxed()
-            .shared();
-        slot.flight = Some(flight.clone());
-        Look::Coming(flight)
+        Ok(credential)
     }
 
-    /// Reads what is stored and refreshes it if it is due or was refused.
+    /// The flight that is under way for an account, or a new one.
+    fn flight(
+        self: &Arc<Self>,
+        known: &mut Known,
+        account: AccountId,
+        freshness: Freshness,
+        renew: bool,
+    ) -> Flight {
+        let epoch = known.epoch;
+        let slot = known.slots.entry(account).or_default();
+        let begin = || {
+            let landing = Landing(Arc::clone(self), account);
+            let task = self.tasks.spawn("credential", async move {
+                landing.0.fetch(account, freshness, renew, epoch).await
+            });
+            task.map(|ended| ended.unwrap_or(Err(CredentialError::Transient)))
+                .boxed()
+                .shared()
+        };
+        slot.flight.get_or_insert_with(begin).clone()
+    }
+
+    /// Reads what is stored, and refreshes it if it is not good; with `renew`, also if it is due.
     async fn fetch(
         &self,
         account: AccountId,
         freshness: Freshness,
+        renew: bool,
         epoch: u64,
     ) -> Result<Arc<Credential>, CredentialError> {
-        let stored = self.read(account).await?;
+        let (stored, now) = (self.read(account).await?, self.clock.now());
         let mut opened = Opened::new(&stored);
-        if !freshness.accepts(stored.generation) || self.clock.now() >= opened.refresh_at {
+        let good = freshness.accepts(stored.generation) && opened.is_good(now);
+        if !good || (renew && now >= opened.refresh_at) {
             match self.exchange(account, &stored).await {
                 Ok(newer) => opened = newer,
                 // As long as it is good, an old token is better than none.
@@ -324,7 +350,13 @@ impl Inner {
             match (claim, after) {
                 (Claim::Mine(claim), Ok(after)) if after.generation == stored.generation => {
                     let spent = self.spend(account, &after, claim);
-                    return self.claimed(stored.id, claim, spent).await;
+                    let renew = || async {
+                        if let Err(error) = self.accounts.renew_claim(stored.id, claim, CLAIM).await
+                        {
+                            tracing::debug!(account_id = %stored.id, %error, "a claim of a refresh token may end early");
+                        }
+                    };
+                    return kept(CLAIM / 3, renew, spent).await;
                 }
                 (claim, after) => {
                     if let Claim::Mine(claim) = claim {
@@ -362,10 +394,22 @@ impl Inner {
         ) {
             answer = ask().await;
         }
+        if let Err(RefreshError::Unknown { code }) = &answer
+            && self.is_believed(id, claim, generation).await
+        {
+            answer = Err(RefreshError::Refused {
+                code: code.clone(),
+                lifecycle: Lifecycle::ReauthRequired,
+            });
+        }
+        let pause = match answer {
+            Err(RefreshError::Unknown { .. }) => DOUBT,
+            _ => PAUSE,
+        };
         telemetry::refreshed(match answer {
             Ok(_) => "renewed",
             Err(RefreshError::Refused { .. }) => "refused",
-            Err(RefreshError::Transient { .. }) => "failed",
+            Err(RefreshError::Transient { .. } | RefreshError::Unknown { .. }) => "failed",
         });
         let ended = match answer {
             Ok(tokens) => self.store(id, generation, &tokens).await,
@@ -379,15 +423,15 @@ impl Inner {
                 }
                 Ok(())
             }
-            Err(error @ RefreshError::Transient { .. }) => {
+            Err(error) => {
                 tracing::warn!(account_id = %id, %error, "cannot refresh an account's tokens");
-                let until = self.clock.now() + PAUSE;
+                let until = self.clock.now() + pause;
                 self.known().slots.entry(account).or_default().failed = Some((generation, until));
                 Err(CredentialError::Transient)
             }
         };
-        self.give_back(id, claim, ended.as_ref().copied().map_err(drop))
-            .await;
+        let helped = ended.as_ref().copied().map_err(|_| pause);
+        self.give_back(id, claim, helped).await;
         ended?;
         let after = self.read(account).await?;
         if after.generation > generation {
@@ -397,27 +441,21 @@ impl Inner {
         }
     }
 
-    /// Keeps a claim while work goes on.
-    async fn claimed<T>(&self, id: AccountId, claim: Uuid, work: impl Future<Output = T>) -> T {
-        tokio::pin!(work);
-        loop {
-            tokio::select! {
-                done = &mut work => return done,
-                () = tokio::time::sleep(CLAIM / 3) => {
-                    if let Err(error) = self.accounts.renew_claim(id, claim, CLAIM).await {
-                        tracing::debug!(account_id = %id, %error, "a claim of a refresh token may end early");
-                    }
-                }
-            }
-        }
+    /// Whether a refusal by a word that nobody knows counts: it is the second one in a row, and some time lies between.
+    async fn is_believed(&self, id: AccountId, claim: Uuid, generation: i64) -> bool {
+        let doubted = self.accounts.doubt(id, claim, generation).await;
+        doubted.unwrap_or_else(|error| {
+            tracing::warn!(account_id = %id, %error, "cannot note that a login was refused");
+            false
+        })
     }
 
     /// A claim that cannot be given back ends by itself.
-    async fn give_back(&self, id: AccountId, claim: Uuid, helped: Result<(), ()>) {
+    async fn give_back(&self, id: AccountId, claim: Uuid, helped: Result<(), SignedDuration>) {
         let given = match helped {
             Ok(()) => self.accounts.unclaim(id, claim).await,
-            Err(()) => {
-                let pause = PAUSE.unsigned_abs();
+            Err(pause) => {
+                let pause = pause.unsigned_abs();
                 self.accounts.unclaim_failed(id, claim, pause).await
             }
         };
@@ -436,11 +474,7 @@ impl Inner {
     ) -> Result<(), CredentialError> {
         let mut pause = STORE_PAUSE;
         loop {
-            match self
-                .accounts
-                .rotate(account, generation, tokens, None)
-                .await
-            {
+            match self.accounts.rotate(account, generation, tokens).await {
                 Ok(_) => return Ok(()),
                 Err(error) if pause > STORE_PAUSE_MAX => {
                     tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");

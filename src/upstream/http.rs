@@ -15,7 +15,7 @@ use crate::{
         limits,
         sse::{self, Splitter},
     },
-    quota,
+    quota::Source,
 };
 
 /// How much of a refusal is read, and for how long.
@@ -30,7 +30,7 @@ pub struct Events {
 }
 
 impl Upstream {
-    /// Sends the body of a turn; yields the event stream once upstream has accepted it.
+    /// Sends the body of a turn; yields the event stream once upstream has accepted it. `began` is when the attempt began.
     ///
     /// # Errors
     /// Classified: upstream's refusal, or what the network did.
@@ -40,6 +40,7 @@ impl Upstream {
         credential: &Credential,
         mut headers: HeaderMap,
         body: Bytes,
+        began: Instant,
     ) -> Result<Events, Unsent> {
         headers.insert(
             header::ACCEPT,
@@ -55,7 +56,8 @@ impl Upstream {
             .post(format!("{}/codex/responses", self.base))
             .headers(headers)
             .body(body);
-        let response = self.answered(account, request).await?;
+        let response = self.answered(account, request, began, Source::Header);
+        let response = response.await?;
         Ok(Events {
             response: Box::new(response),
             splitter: Splitter::default(),
@@ -72,7 +74,7 @@ impl Upstream {
         account: AccountId,
         credential: &Credential,
         path: &str,
-    ) -> Result<(HeaderMap, Bytes), Failure> {
+    ) -> Result<Bytes, Failure> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         authorize(&mut headers, credential);
@@ -80,13 +82,13 @@ impl Upstream {
             .client
             .get(format!("{}{path}", self.base))
             .headers(headers);
-        let answered = self.answered(account, request).await;
-        let response = answered.map_err(Unsent::failure)?;
-        let headers = response.headers().clone();
-        let body = timeout(deadline::HEADERS, response.bytes())
+        let answered = self.answered(account, request, Instant::now(), Source::Poll);
+        let response = answered.await.map_err(Unsent::failure)?;
+        let body = timeout(deadline::HEADERS, super::bounded(response))
             .await
             .map_err(|_| Failure::timeout(Deadline::Idle, self.now()))?;
-        Ok((headers, body.map_err(|_| Failure::truncated(self.now()))?))
+        body.map(Bytes::from)
+            .map_err(|_| Failure::truncated(self.now()))
     }
 
     /// Sends a request and waits for a head that says 200.
@@ -94,8 +96,10 @@ impl Upstream {
         &self,
         account: AccountId,
         request: reqwest::RequestBuilder,
+        began: Instant,
+        accepted: Source,
     ) -> Result<reqwest::Response, Unsent> {
-        let response = self.head(account, request).await?;
+        let response = self.head(account, request, began, accepted).await?;
         if response.status() == StatusCode::OK {
             Ok(response)
         } else {
@@ -103,23 +107,22 @@ impl Upstream {
         }
     }
 
-    /// Sends a request and waits for its head, whose limits are taken in whatever it says.
+    /// Sends a request and waits for its head, whose limits are taken in whatever it says; `accepted` is what they are worth unless it
+    /// refuses.
     pub(super) async fn head(
         &self,
         account: AccountId,
         request: reqwest::RequestBuilder,
+        began: Instant,
+        accepted: Source,
     ) -> Result<reqwest::Response, Unsent> {
-        let began = Instant::now();
         let response = timeout(deadline::CONNECT + deadline::HEADERS, request.send())
             .await
             .map_err(|_| Unsent::Perhaps(Failure::timeout(Deadline::Headers, self.now())))?
             .map_err(|error| self.network(&error))?;
-        let accepted =
-            [StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS].contains(&response.status());
-        let source = if accepted {
-            quota::Source::Header
-        } else {
-            quota::Source::Error
+        let source = match response.status() {
+            StatusCode::OK | StatusCode::SWITCHING_PROTOCOLS => accepted,
+            _ => Source::Error,
         };
         for observation in limits::from_headers(response.headers(), self.now()) {
             self.quota.observe(account, &observation, began, source);

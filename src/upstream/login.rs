@@ -8,10 +8,13 @@ use secrecy::SecretString;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use super::oauth::login::{self as oauth, Approval, Callback, LoginError, Pkce};
+use super::{
+    claim::kept,
+    oauth::login::{self as oauth, Approval, Callback, LoginError, Pkce},
+};
 use crate::{
     account::{
-        self, Accounts, AuthFile, Tokens,
+        self, Accounts, AuthFile, Imported, Tokens,
         flow::{Flow, Held, Method, NewFlow, Standing},
     },
     config, db,
@@ -21,8 +24,10 @@ use crate::{
 
 /// How long a person has in a browser.
 const BROWSER_TIME: Duration = Duration::from_secs(900);
-/// How long a step may be one replica's; longer than it takes.
-const CLAIM: Duration = Duration::from_secs(30);
+/// How long a step stays one replica's after that has died; a living one renews its claim.
+const CLAIM: Duration = Duration::from_secs(10);
+/// Tokens whose code is spent are stored within this time, or the login is lost.
+const STORING: Duration = Duration::from_secs(30);
 /// How often, and how long, a completion waits for another that is under way.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -82,7 +87,7 @@ impl From<db::Error> for Error {
 }
 
 /// What the person has to do. It is shown once.
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 pub struct Begun {
     /// Names the login from now on.
     pub id: FlowId,
@@ -202,7 +207,7 @@ impl Logins {
         };
         let step = {
             let inner = Arc::clone(&self.0);
-            async move { inner.poll(held).await }
+            async move { inner.kept(&held, inner.poll(&held)).await }
         };
         // Why it failed is in the row.
         if let Ok(Err(error)) = self.0.tasks.spawn("login", step).await {
@@ -230,7 +235,7 @@ impl Logins {
             }
             if let Some(held) = self.0.accounts.claim_flow(id, CLAIM).await? {
                 let (inner, code) = (Arc::clone(&self.0), callback.code);
-                let step = async move { inner.spend(held, code).await };
+                let step = async move { inner.kept(&held, inner.spend(&held, code)).await };
                 let spent = self.0.tasks.spawn("login", step).await;
                 spent.map_err(|_| Error::Busy)??;
                 return self.flow(id).await;
@@ -257,21 +262,31 @@ impl Logins {
 }
 
 impl Inner {
+    /// Takes a step, which is ours until it ends.
+    async fn kept<T>(&self, held: &Held, step: impl Future<Output = T>) -> T {
+        let renew = || async {
+            if let Err(error) = self.accounts.renew_flow(held, CLAIM).await {
+                tracing::debug!(login = %held.id, %error, "a claim of a login may end early");
+            }
+        };
+        kept(CLAIM / 3, renew, step).await
+    }
+
     /// Asks after a device's login, and finishes it if it is approved.
-    async fn poll(&self, held: Held) -> Result<(), Error> {
+    async fn poll(&self, held: &Held) -> Result<(), Error> {
         let (Some(device), Some(user_code)) = (held.secret(DEVICE), held.secret(USER_CODE)) else {
-            return Ok(self.accounts.fail_flow(&held, "secrets_lost").await?);
+            return Ok(self.accounts.fail_flow(held, "secrets_lost").await?);
         };
         let asked = oauth::device_ask(&self.client, &self.auth_url, &device, &user_code).await;
         let tokens = match asked {
             Ok(Approval::Pending) => {
                 return Ok(self
                     .accounts
-                    .release_flow(&held, None, Duration::ZERO)
+                    .release_flow(held, None, Duration::ZERO)
                     .await?);
             }
             Ok(Approval::SlowDown) => {
-                return Ok(self.accounts.release_flow(&held, None, SLOWER).await?);
+                return Ok(self.accounts.release_flow(held, None, SLOWER).await?);
             }
             Ok(Approval::Tokens(tokens)) => Ok(tokens),
             Ok(Approval::Code(code, verifier)) => {
@@ -283,7 +298,7 @@ impl Inner {
     }
 
     /// Spends a browser's code and finishes the login.
-    async fn spend(&self, held: Held, code: Result<SecretString, String>) -> Result<(), Error> {
+    async fn spend(&self, held: &Held, code: Result<SecretString, String>) -> Result<(), Error> {
         let tokens = match (code, held.secret(VERIFIER)) {
             (Ok(code), Some(verifier)) => {
                 oauth::spend_browser(&self.client, &self.auth_url, &code, &verifier).await
@@ -295,12 +310,12 @@ impl Inner {
     }
 
     /// A refusal ends a device's login, whose code it judges. A browser's person may have pasted an old address and can try again.
-    async fn finish(&self, held: Held, tokens: Result<Tokens, LoginError>) -> Result<(), Error> {
+    async fn finish(&self, held: &Held, tokens: Result<Tokens, LoginError>) -> Result<(), Error> {
         let stored = match tokens {
             Ok(tokens) => match AuthFile::issued(tokens) {
-                Ok(login) => self.accounts.finish_flow(&held, &login).await,
+                Ok(login) => self.store(held, &login).await,
                 Err(_) => {
-                    self.accounts.fail_flow(&held, "anonymous").await?;
+                    self.accounts.fail_flow(held, "anonymous").await?;
                     let refused = LoginError::Refused("anonymous".to_owned());
                     return Err(refused.into());
                 }
@@ -313,12 +328,10 @@ impl Inner {
                 };
                 let again = held.secret(VERIFIER).is_some() && word != "access_denied";
                 match error {
-                    LoginError::Refused(_) if !again => {
-                        self.accounts.fail_flow(&held, word).await?
-                    }
+                    LoginError::Refused(_) if !again => self.accounts.fail_flow(held, word).await?,
                     _ => {
                         let none = Duration::ZERO;
-                        self.accounts.release_flow(&held, Some(word), none).await?;
+                        self.accounts.release_flow(held, Some(word), none).await?;
                     }
                 }
                 return Err(error.into());
@@ -333,13 +346,36 @@ impl Inner {
                 let word = match &error {
                     account::Error::OtherSeat => "other_seat",
                     account::Error::Unknown => "no_such_account",
-                    // Called off, or taken over: the row says so.
-                    account::Error::Over => return Err(Error::Over(Standing::Cancelled)),
+                    // The row says how; perhaps by this very step, and Postgres could not tell us.
+                    account::Error::Over => {
+                        let flow = self.accounts.flow(held.id).await?;
+                        return match flow.ok_or(Error::Unknown)?.status {
+                            Standing::Succeeded => Ok(()),
+                            Standing::Pending => Err(Error::Busy),
+                            over => Err(Error::Over(over)),
+                        };
+                    }
                     _ => "not_stored",
                 };
-                self.accounts.fail_flow(&held, word).await?;
+                self.accounts.fail_flow(held, word).await?;
                 Err(error.into())
             }
+        }
+    }
+
+    /// Stores a login, whose code is spent: to give up is to lose it.
+    async fn store(&self, held: &Held, login: &AuthFile) -> Result<Imported, account::Error> {
+        let deadline = Instant::now() + STORING;
+        loop {
+            match self.accounts.finish_flow(held, login).await {
+                Err(account::Error::Db(error))
+                    if error.is_unavailable() && Instant::now() < deadline =>
+                {
+                    tracing::warn!(login = %held.id, %error, "a login cannot be stored yet");
+                }
+                done => return done,
+            }
+            sleep(LOOK).await;
         }
     }
 }

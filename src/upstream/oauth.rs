@@ -12,12 +12,15 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::bounded;
 use crate::{account::Tokens, protocol::event::ErrorBody, routing::Lifecycle};
 
 /// The public client of the Codex CLI, in whose name accounts are logged in.
 const CLIENT_ID: &str = "app_EMoamEEZ73f0CkXaXp7hrann";
 /// For the whole exchange.
 const TIMEOUT: Duration = Duration::from_secs(8);
+/// Nothing was sent.
+const CONNECT: &str = "connect";
 /// The longest text that is believed to be a code.
 const CODE_CHARS: usize = 64;
 
@@ -31,6 +34,12 @@ pub(super) enum RefreshError {
         code: String,
         /// What the account is from now on: `ReauthRequired` or `Deactivated`.
         lifecycle: Lifecycle,
+    },
+    /// Upstream refused by a word that is not in the table: for good perhaps, or everybody at the moment.
+    #[error("upstream refused the refresh token by a word that is not known: {code}")]
+    Unknown {
+        /// Upstream's code.
+        code: String,
     },
     /// It may work later.
     #[error("the token endpoint did not help: {reason}")]
@@ -54,22 +63,16 @@ pub(super) async fn refresh(
         "refresh_token": refresh.expose_secret(),
         "scope": "openid profile email",
     });
-    let exchange = async {
-        let url = format!("{auth_url}/oauth/token");
-        let response = client.post(url).json(&body).send().await?;
-        Ok((response.status(), response.bytes().await?))
-    };
-    let (status, answer) = match tokio::time::timeout(TIMEOUT, exchange).await {
-        Ok(Ok(answer)) => answer,
-        Ok(Err(error)) => return Err(lost(&error)),
-        Err(_) => return Err(transient("timeout")),
-    };
+    let url = format!("{auth_url}/oauth/token");
+    let asked = ask(client.post(url).json(&body)).await;
+    let (status, answer) = asked.map_err(|reason| RefreshError::Transient {
+        dispatched: reason != CONNECT,
+        reason: reason.to_owned(),
+    })?;
     if status != StatusCode::OK {
         return Err(refused(status, &answer));
     }
     let answer: Answer = serde_json::from_slice(&answer).map_err(|_| transient("malformed"))?;
-    let secret =
-        |text: Option<String>| text.filter(|text| !text.is_empty()).map(SecretString::from);
     Ok(Tokens {
         access: secret(answer.access_token).ok_or_else(|| transient("malformed"))?,
         refresh: secret(answer.refresh_token).unwrap_or_else(|| refresh.clone()),
@@ -82,6 +85,26 @@ struct Answer {
     access_token: Option<String>,
     refresh_token: Option<String>,
     id_token: Option<String>,
+}
+
+/// What fits into a header is a token; nothing else is worth storing.
+fn secret(text: Option<String>) -> Option<SecretString> {
+    text.filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()))
+        .map(SecretString::from)
+}
+
+/// Asks the login server; yields status and body, or a word for what the network did.
+async fn ask(request: reqwest::RequestBuilder) -> Result<(StatusCode, Vec<u8>), &'static str> {
+    let exchange = async {
+        let response = request.send().await?;
+        Ok::<_, reqwest::Error>((response.status(), bounded(response).await?))
+    };
+    match tokio::time::timeout(TIMEOUT, exchange).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) if error.is_connect() => Err(CONNECT),
+        Ok(Err(_)) => Err("network"),
+        Err(_) => Err("timeout"),
+    }
 }
 
 /// What the codes mean for the account; nothing, where every account would be refused alike: the request, the place, the moment.
@@ -113,21 +136,22 @@ const CODES: &[(&str, Option<Lifecycle>)] = &[
 ];
 
 /// A refusal is final by its code alone, and only as the client's fault: no outage, and nobody on the way, may cost the pool its accounts.
-/// A code that is not in the table is upstream's word on this token all the same, but never worse than a lost login.
 fn refused(status: StatusCode, body: &[u8]) -> RefreshError {
     let error = ErrorBody::parse(body).unwrap_or_default();
-    let unknown = error.code.as_ref().map(|_| Lifecycle::ReauthRequired);
+    let named = error.code.is_some();
     let code = error.code.or(error.kind).unwrap_or_default();
     let code = plain(&code).unwrap_or_default();
     let judged = matches!(
         status,
         StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
     );
-    let known = CODES.iter().find(|(name, _)| *name == code);
-    let lifecycle = known.map_or(unknown, |(_, lifecycle)| *lifecycle);
-    match lifecycle.filter(|_| judged && !code.is_empty()) {
-        Some(lifecycle) => RefreshError::Refused { code, lifecycle },
-        None => transient(format!("{} {code}", status.as_u16()).trim_end()),
+    match CODES.iter().find(|(name, _)| *name == code) {
+        Some((_, Some(lifecycle))) if judged => RefreshError::Refused {
+            code,
+            lifecycle: *lifecycle,
+        },
+        None if judged && named && !code.is_empty() => RefreshError::Unknown { code },
+        _ => transient(format!("{} {code}", status.as_u16()).trim_end()),
     }
 }
 
@@ -148,18 +172,6 @@ fn plain(code: &str) -> Option<String> {
 fn transient(reason: &str) -> RefreshError {
     RefreshError::Transient {
         dispatched: true,
-        reason: reason.to_owned(),
-    }
-}
-
-fn lost(error: &reqwest::Error) -> RefreshError {
-    let reason = if error.is_connect() {
-        "connect"
-    } else {
-        "network"
-    };
-    RefreshError::Transient {
-        dispatched: !error.is_connect(),
         reason: reason.to_owned(),
     }
 }
@@ -278,6 +290,13 @@ mod tests {
     async fn an_answer_without_an_access_token_may_have_spent_the_refresh_token() {
         let (tokens, _) = exchange(200, json!({"refresh_token": "r"})).await;
         assert_eq!(tokens.unwrap_err(), transient("malformed"));
+        for access in ["two words", "line\nbreak", "n\u{f6}"] {
+            let (tokens, _) = exchange(200, json!({"access_token": access})).await;
+            assert_eq!(tokens.unwrap_err(), transient("malformed"), "{access}");
+        }
+        let endless = "x".repeat(2 * crate::upstream::LARGEST);
+        let (tokens, _) = exchange(200, json!({"access_token": endless})).await;
+        assert_eq!(tokens.unwrap_err(), transient("malformed"), "it is cut");
     }
 
     #[tokio::test]
@@ -383,7 +402,12 @@ mod tests {
             (
                 401,
                 json!({"error": {"code": "something_new"}}),
-                Ok(ReauthRequired),
+                Err("something_new"),
+            ),
+            (
+                403,
+                json!({"error": {"code": "client_version_unsupported", "type": "invalid_grant"}}),
+                Err("client_version_unsupported"),
             ),
             (
                 401,
@@ -441,6 +465,9 @@ mod tests {
                     },
                     Err(expected),
                 ) => assert_eq!(reason, expected, "{status} {body}"),
+                (RefreshError::Unknown { code }, Err(expected)) => {
+                    assert_eq!(code, expected, "{status} {body}")
+                }
                 _ => panic!("{status} {body}: {error}"),
             }
         }

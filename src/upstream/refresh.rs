@@ -34,9 +34,9 @@ const AT_ONCE: usize = 8;
 pub struct Refreshed {
     /// Accounts that were named and exist.
     pub accounts: usize,
-    /// Those of them that serve, so that they were asked about.
+    /// Those of them that serve and were asked about before the time was over.
     pub attempted: usize,
-    /// Whether upstream told anything, which then was stored.
+    /// Whether upstream told anything, and that was stored.
     pub written: bool,
     /// Whether the process ended before everything came.
     pub cut: bool,
@@ -122,8 +122,12 @@ impl Upstream {
                 () = sleep(PATIENCE_OF_ALL) => {}
             }
         };
-        let answers: Vec<_> = stream::iter(serving.iter().copied())
-            .map(|account| self.flights.join(self, account))
+        let mut attempted = 0;
+        let answers: Vec<_> = stream::iter(serving)
+            .map(|account| {
+                attempted += 1;
+                self.flights.join(self, account)
+            })
             .buffer_unordered(AT_ONCE)
             .take_until(end)
             .filter_map(std::future::ready)
@@ -138,15 +142,15 @@ impl Upstream {
             } = &**answer;
             self.quota.report(*account, report, *began);
         }
-        self.quota.flush().await;
+        let stored = self.quota.flush().await;
         for answer in &answers {
             // A failure is logged there, and the next question tells it again.
             drop(self.see_plan(answer.account, &answer.report).await);
         }
         Ok(Refreshed {
             accounts: accounts.len(),
-            attempted: serving.len(),
-            written: !answers.is_empty(),
+            attempted,
+            written: stored && !answers.is_empty(),
             cut: stop.is_cancelled(),
         })
     }

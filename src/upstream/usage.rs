@@ -175,7 +175,7 @@ impl Upstream {
         loop {
             let credential = self.credentials.fresh(account, freshness).await?;
             match self.document(account, &credential, path).await {
-                Ok((_, body)) => return Ok((body, credential.chatgpt_account_id.clone())),
+                Ok(body) => return Ok((body, credential.chatgpt_account_id.clone())),
                 Err(failure) if failure.status == Some(401) && freshness == Freshness::Any => {
                     freshness = Freshness::NotGeneration(credential.generation);
                 }

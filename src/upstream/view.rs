@@ -39,6 +39,7 @@ pub(super) async fn keep(
     let mut observed = quota.changed();
     let mut entries = accounts.load_all().await?;
     let (merges, merged) = watch::channel(Arc::new(accounts.merges().await?));
+    quota.inherit(&merged.borrow());
     let mut kept = HashMap::new();
     let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &weights, &mut kept)));
     let stop = tasks.stopping();
@@ -60,7 +61,9 @@ pub(super) async fn keep(
                     match read.await {
                         Ok((read, moves)) => {
                             (entries, stale) = (read, false);
-                            merges.send_replace(Arc::new(moves));
+                            let moves = Arc::new(moves);
+                            quota.inherit(&moves);
+                            merges.send_replace(moves);
                         }
                         Err(error) => tracing::warn!(%error, "the view of the pool is old"),
                     }

@@ -22,6 +22,7 @@ use crate::{
     db::Clock,
     ids::AccountId,
     protocol::failure::{Class, Deadline, Failure},
+    quota::Source,
 };
 
 /// For the closing handshake.
@@ -47,7 +48,7 @@ pub struct Socket {
 }
 
 impl Upstream {
-    /// Opens a socket for an account. `headers` are the client's, filtered.
+    /// Opens a socket for an account. `headers` are the client's, filtered; `began` is when the attempt began that needs it.
     ///
     /// # Errors
     /// Classified: upstream's refusal of the handshake, or what the network did.
@@ -56,6 +57,7 @@ impl Upstream {
         account: AccountId,
         credential: &Credential,
         mut headers: HeaderMap,
+        began: Instant,
     ) -> Result<Socket, Failure> {
         let key = generate_key();
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -73,8 +75,9 @@ impl Upstream {
             .client
             .get(format!("{}/codex/responses", self.base))
             .headers(headers);
-        let answered = self.head(account, request).await;
-        let response = answered.map_err(Unsent::failure)?;
+        // That a socket opens proves no turn served.
+        let answered = self.head(account, request, began, Source::Poll);
+        let response = answered.await.map_err(Unsent::failure)?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.refused(response).await);
         }

@@ -237,7 +237,7 @@ async fn nothing_secret_stands_in_a_plain_column() {
     let pool = Pool::new().await;
     let id = pool.import("user", "canary").await;
     pool.accounts
-        .rotate(id, 1, &tokens("canary"), None)
+        .rotate(id, 1, &tokens("canary"))
         .await
         .unwrap()
         .unwrap();
@@ -292,8 +292,8 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
     let id = pool.import("user", "one").await;
     let (left, right) = (tokens("left"), tokens("right"));
     let (left, right) = tokio::join!(
-        pool.accounts.rotate(id, 1, &left, None),
-        pool.accounts.rotate(id, 1, &right, None)
+        pool.accounts.rotate(id, 1, &left),
+        pool.accounts.rotate(id, 1, &right)
     );
     let mut outcomes = [left.unwrap(), right.unwrap()];
     outcomes.sort();
@@ -304,11 +304,12 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
         stored.id_token.is_some(),
         "the old one stays where none came"
     );
-    assert_eq!(
-        pool.accounts.load_all().await.unwrap()[0].plan,
-        "pro",
-        "the tokens' own claim"
-    );
+    let plan = async || pool.accounts.load_all().await.unwrap()[0].plan.clone();
+    assert_eq!(plan().await, "plus", "their claim is old news");
+    let unknown = "update accounts set plan_type = 'unknown'";
+    pool.store.client.execute(unknown, &[]).await.unwrap();
+    let renewed = pool.accounts.rotate(id, 2, &tokens("renewed")).await;
+    assert_eq!((renewed.unwrap(), &*plan().await), (Some(3), "pro"));
 
     bus.refresh().await.unwrap();
     let before = bus.version(Topic::Accounts);
@@ -320,10 +321,7 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
             .unwrap()
     );
     assert_eq!(
-        pool.accounts
-            .rotate(id, 1, &tokens("late"), None)
-            .await
-            .unwrap(),
+        pool.accounts.rotate(id, 1, &tokens("late")).await.unwrap(),
         None
     );
     bus.refresh().await.unwrap();
@@ -336,7 +334,7 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
 
     assert!(
         pool.accounts
-            .set_lifecycle(id, Lifecycle::Deactivated, "account_deactivated", 2)
+            .set_lifecycle(id, Lifecycle::Deactivated, "account_deactivated", 3)
             .await
             .unwrap()
     );
@@ -344,11 +342,67 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
     assert!(bus.version(Topic::Accounts) > before);
     assert_eq!(
         pool.accounts
-            .rotate(AccountId::new(), 1, &tokens("nobody's"), None)
+            .rotate(AccountId::new(), 1, &tokens("nobody's"))
             .await
             .unwrap(),
         None
     );
+}
+
+#[tokio::test]
+async fn an_older_login_replaces_no_newer_tokens_unless_those_are_refused() {
+    let pool = Pool::new().await;
+    let file = login("acct", Some("user"), "one");
+    let id = pool.import("user", "one").await;
+    pool.import("user", "one").await;
+    pool.accounts
+        .rotate(id, 2, &tokens("rotated"))
+        .await
+        .unwrap()
+        .unwrap();
+    let older = pool.accounts.import(&file, None).await.err().unwrap();
+    assert!(matches!(older, Error::Older), "{older}");
+    pool.accounts.pause(id).await.unwrap();
+    let older = pool.accounts.import(&file, None).await.err().unwrap();
+    assert!(matches!(older, Error::Older), "{older}");
+    let stored = pool.accounts.credential(id).await.unwrap().unwrap();
+    assert_eq!(
+        (stored.generation, stored.refresh.expose_secret()),
+        (3, "refresh-rotated")
+    );
+    assert_eq!(pool.status(id).await.0, Lifecycle::Paused);
+
+    pool.accounts
+        .set_lifecycle(id, Lifecycle::ReauthRequired, "token_expired", 3)
+        .await
+        .unwrap();
+    let again = pool.accounts.import(&file, None).await.unwrap();
+    assert_eq!((again.id, pool.generation(id).await), (id, 4));
+}
+
+#[tokio::test]
+async fn what_changes_nothing_keeps_its_connection() {
+    let pool = Pool::new().await;
+    let id = pool.import("user", "one").await;
+    let connections = async || {
+        let sql = "select array_agg(pid order by pid) from pg_stat_activity where datname = current_database()";
+        let row = pool.store.client.query_one(sql, &[]).await.unwrap();
+        row.get::<_, Vec<i32>>(0)
+    };
+    pool.store
+        .client
+        .execute("update accounts set plan_type = 'team'", &[])
+        .await
+        .unwrap();
+    let before = connections().await;
+    let accounts = &pool.accounts;
+    assert!(!accounts.see_plan(id, "free").await.unwrap());
+    assert!(!accounts.see_plan(AccountId::new(), "free").await.unwrap());
+    assert_eq!(accounts.rotate(id, 7, &tokens("late")).await.unwrap(), None);
+    accounts.resume(id).await.unwrap();
+    assert!(accounts.pause(AccountId::new()).await.is_err());
+    assert!(accounts.delete(AccountId::new()).await.is_err());
+    assert_eq!(connections().await, before);
 }
 
 #[tokio::test]

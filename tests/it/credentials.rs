@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::support::store::Store;
+use crate::support::{store::Store, wait::until};
 
 /// What upstream hands out to one person.
 struct Login {
@@ -269,7 +269,6 @@ async fn a_refused_login_takes_its_account_out_of_service_and_is_not_asked_again
     for (code, status) in [
         ("refresh_token_reused", Lifecycle::ReauthRequired),
         ("account_deactivated", Lifecycle::Deactivated),
-        ("never_seen_before", Lifecycle::ReauthRequired),
     ] {
         let (_store, accounts, id, mut desk, replica) = set_up().await;
         let caller = replica.ask(id, Freshness::NotGeneration(1));
@@ -293,6 +292,75 @@ async fn a_refused_login_takes_its_account_out_of_service_and_is_not_asked_again
 }
 
 #[tokio::test]
+async fn a_refusal_that_nobody_knows_counts_when_the_next_exchange_of_the_same_login_ends_so_too() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let later = async || {
+        let later = "update refresh_claims set claimed_until = clock_timestamp() - interval '1 ms'";
+        store.client.execute(later, &[]).await.unwrap();
+    };
+    let mut replicas = vec![replica];
+    for (generation, serving) in [(1, true), (2, true), (2, false)] {
+        let replica = replicas.last().unwrap();
+        let caller = replica.ask(id, Freshness::NotGeneration(generation));
+        desk.next()
+            .await
+            .refuse(StatusCode::FORBIDDEN, "client_version_unsupported");
+        let error = caller.await.unwrap().unwrap_err();
+        assert_eq!(error.is_final(), !serving, "{error}");
+        let status = state(&accounts).await.0;
+        assert_eq!(status == Lifecycle::Active, serving);
+        // Nobody asks again for some minutes.
+        let another = Replica::start(&store, &accounts, &desk.url).await;
+        let wanted = Freshness::NotGeneration(generation);
+        assert!(another.credentials.fresh(id, wanted).await.is_err());
+        assert!(desk.is_quiet());
+        if generation == 1 {
+            SECOND.import(&accounts, &store).await;
+        }
+        later().await;
+        replicas.push(Replica::start(&store, &accounts, &desk.url).await);
+    }
+    let reason = state(&accounts).await.1;
+    assert_eq!(reason.as_deref(), Some("client_version_unsupported"));
+}
+
+#[tokio::test]
+async fn a_token_that_is_good_is_given_out_while_it_is_renewed() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    end_in(&store, 2).await;
+    assert_eq!(replica.any(id).await.unwrap().generation, 1);
+    assert_eq!(replica.any(id).await.unwrap().generation, 1);
+    let exchange = desk.next().await;
+    // However long that takes.
+    for _ in 0..50 {
+        assert_eq!(replica.any(id).await.unwrap().generation, 1);
+    }
+    let refused = replica.ask(id, Freshness::NotGeneration(1));
+    exchange.give(&SECOND, store.db.clock().now());
+    assert_eq!(refused.await.unwrap().unwrap().generation, 2);
+    assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    assert_eq!(state(&accounts).await.0, Lifecycle::Active);
+    assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn logins_that_are_due_do_not_wait_for_each_other() {
+    let (store, accounts, _, mut desk, replica) = set_up().await;
+    for user in ["bob", "carol"] {
+        let file = json!({ "tokens": { "access_token": "opaque", "refresh_token": user, "account_id": user } });
+        import(&accounts, &file.to_string()).await;
+    }
+    end_in(&store, 2).await;
+    let credentials = replica.credentials.clone();
+    let keeping = tokio::spawn(async move { credentials.keep_fresh().await });
+    let exchanges = [desk.next().await, desk.next().await, desk.next().await];
+    for exchange in exchanges {
+        exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, "later");
+    }
+    keeping.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn new_tokens_overrule_the_verdict_of_a_peer_that_came_second() {
     let (store, accounts, id, mut desk, replica) = set_up().await;
     let caller = replica.ask(id, Freshness::NotGeneration(1));
@@ -303,18 +371,38 @@ async fn new_tokens_overrule_the_verdict_of_a_peer_that_came_second() {
             .await
             .unwrap()
     );
-    exchange.give(
-        &Login {
-            plan: "pro",
-            ..SECOND
-        },
-        store.db.clock().now(),
-    );
+    exchange.give(&SECOND, store.db.clock().now());
     assert_eq!(caller.await.unwrap().unwrap().generation, 2);
     assert_eq!(
         state(&accounts).await,
-        (Lifecycle::Active, None, "pro".into())
+        (Lifecycle::Active, None, "plus".into())
     );
+}
+
+#[tokio::test]
+async fn an_exchange_is_taken_in_while_the_renewal_of_its_claim_hangs() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let caller = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    let (mut other, mut driver) = store.db.dedicated().await.unwrap();
+    let driver = tokio::spawn(async move { while driver.next().await.is_some() {} });
+    let held = other.transaction().await.unwrap();
+    let claims = "select from refresh_claims for update";
+    assert_eq!(held.execute(claims, &[]).await.unwrap(), 1);
+    let waits = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    until("the renewal waits", async || {
+        !store.client.query(waits, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    exchange.give(&SECOND, store.db.clock().now());
+    until("the tokens are stored", async || {
+        let stored = accounts.credential(id).await.unwrap().unwrap();
+        stored.generation == 2
+    })
+    .await;
+    held.commit().await.unwrap();
+    assert_eq!(caller.await.unwrap().unwrap().generation, 2);
+    driver.abort();
 }
 
 #[tokio::test]
@@ -332,10 +420,14 @@ async fn a_failed_exchange_is_not_repeated_and_the_token_is_used_while_it_lasts(
     for (minutes, usable) in [(2, true), (-1, false)] {
         let (store, accounts, id, mut desk, replica) = set_up().await;
         end_in(&store, minutes).await;
+        if usable {
+            assert!(replica.any(id).await.is_ok(), "it is read");
+        }
         let caller = replica.ask(id, Freshness::Any);
-        desk.next()
-            .await
-            .refuse(StatusCode::BAD_GATEWAY, "refresh_token_reused");
+        let exchange = desk.next().await;
+        let refused = replica.ask(id, Freshness::NotGeneration(1));
+        exchange.refuse(StatusCode::BAD_GATEWAY, "refresh_token_reused");
+        assert!(refused.await.unwrap().is_err());
         for answer in [caller.await.unwrap(), replica.any(id).await] {
             match answer {
                 Ok(credential) => assert!(usable && credential.generation == 1),
@@ -394,26 +486,31 @@ async fn a_replica_adopts_what_its_peer_has_exchanged() {
 
 #[tokio::test]
 async fn a_new_login_brings_an_account_back_everywhere() {
-    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let (store, accounts, id, mut desk, one) = set_up().await;
+    let replicas = [one, Replica::start(&store, &accounts, &desk.url).await];
     assert!(
         accounts
             .set_lifecycle(id, Lifecycle::ReauthRequired, "invalid_grant", 1)
             .await
             .unwrap()
     );
-    assert!(replica.any(id).await.unwrap_err().is_final());
+    for replica in &replicas {
+        assert!(replica.any(id).await.unwrap_err().is_final());
+    }
     SECOND.import(&accounts, &store).await;
-    assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    for replica in &replicas {
+        assert_eq!(replica.any(id).await.unwrap().generation, 2);
+    }
     accounts.delete(id).await.unwrap();
     let deadline = Instant::now() + Duration::from_millis(2_500);
-    while replica.any(id).await.is_ok() {
-        assert!(Instant::now() < deadline, "a deleted account still serves");
-        sleep(Duration::from_millis(10)).await;
+    for replica in &replicas {
+        while replica.any(id).await.is_ok() {
+            assert!(Instant::now() < deadline, "a deleted account still serves");
+            sleep(Duration::from_millis(10)).await;
+        }
+        let gone = replica.any(id).await;
+        assert!(matches!(gone, Err(CredentialError::Unknown)));
     }
-    assert!(matches!(
-        replica.any(id).await,
-        Err(CredentialError::Unknown)
-    ));
     assert!(desk.is_quiet());
 }
 

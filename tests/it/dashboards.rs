@@ -180,6 +180,7 @@ fn dashboards() -> BTreeMap<String, Value> {
     let files = fs::read_dir(root().join("deploy/grafana")).unwrap();
     let paths = files.map(|file| file.unwrap().path());
     paths
+        .filter(|path| path.is_file())
         .map(|path| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             (

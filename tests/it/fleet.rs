@@ -263,6 +263,22 @@ async fn of_many_claims_on_two_replicas_one_refresh_is_granted() {
 }
 
 #[tokio::test]
+async fn a_refresh_that_cannot_be_stored_says_so() {
+    let house = House::start().await;
+    let away = "alter table quota_windows rename to away";
+    house.client.batch_execute(away).await.unwrap();
+    let done = json_of(refresh(&house, house.key()).await).await;
+    assert_eq!(done["usageWritten"], false);
+    assert_eq!(done["attemptedCount"], 1);
+    let back = "alter table away rename to quota_windows";
+    house.client.batch_execute(back).await.unwrap();
+    let other = house.another_key("other", Grants::default()).await;
+    let done = json_of(refresh(&house, &other).await).await;
+    assert_eq!(done["usageWritten"], true);
+    assert_eq!(polled(&house).await, ["alice"]);
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_during_a_refresh_leaves_the_rows_and_one_announcement_behind() {
     let house = House::with(&["alice", "bob"]).await;
     let before = drops(&house).await;

@@ -12,10 +12,13 @@ use loadtest::upstream::{Fault, Kind};
 use serde_json::{Value, json};
 
 use crate::support::{
+    codex_socket::{CodexSocket, create},
     house::{House, Plan, codex_body, events},
     process::Home,
     wait::until,
 };
+
+const CODEX: &str = "/backend-api/codex/responses";
 
 fn limits_of(response: &reqwest::Response) -> Vec<String> {
     let names = response.headers().keys().map(|name| name.as_str());
@@ -37,7 +40,7 @@ fn quota(sections: &[Section]) -> Grants {
 async fn turn(house: &House, key: &str, model: &str) -> reqwest::Response {
     let mut body = codex_body("hi");
     body["model"] = model.into();
-    let request = house.http.post(house.url("/backend-api/codex/responses"));
+    let request = house.http.post(house.url(CODEX));
     request.bearer_auth(key).json(&body).send().await.unwrap()
 }
 
@@ -140,6 +143,92 @@ async fn headers_and_documents_show_the_sections_of_the_key() {
         }
         assert_eq!(shown, usize::from(!hide_quota));
     }
+}
+
+#[tokio::test]
+async fn events_and_refusals_show_the_sections_of_the_key() {
+    use Section::{Limits, Pool};
+    for hide_quota in [false, true] {
+        let house = House::planned(Plan {
+            settings: if hide_quota {
+                |config| config.hide_quota = true
+            } else {
+                |_| {}
+            },
+            ..Plan::default()
+        })
+        .await;
+        events(house.codex_turn("warm-up", "warm-up", "hi").await).await;
+        let mut cases = Vec::new();
+        for sections in [&[Pool, Limits][..], &[Pool], &[Limits], &[]] {
+            let key = house.another_key("seer", quota(sections)).await;
+            cases.push((sections, key));
+        }
+        let turn_of = async |key: &str, turn: &str| -> Vec<Value> {
+            let mut socket = CodexSocket::try_open(&house, CODEX, key).await.unwrap();
+            socket.turn(create(turn, "hi", None)).await
+        };
+        for (sections, key) in &cases {
+            let case = format!("{sections:?} {hide_quota}");
+            let frames = turn_of(key, "event").await;
+            let told = frames
+                .iter()
+                .find(|frame| frame["type"] == "codex.rate_limits");
+            let sees = |section| !hide_quota && sections.contains(&section);
+            assert_eq!(told.is_some(), sees(Pool) || sees(Limits), "{case}");
+            let nothing = Value::Null;
+            let window = told.map_or(&nothing, |told| &told["rate_limits"]["primary"]);
+            assert_eq!(window["used_percent"].is_number(), sees(Pool), "{case}");
+            let both = sees(Pool) && sees(Limits);
+            assert_eq!(window["reset_at"].is_number(), both, "{case}");
+        }
+        house
+            .upstream
+            .fault(Fault::once(Kind::RateLimit { resets_in: 600 }));
+        for (sections, key) in &cases {
+            let case = format!("{sections:?} {hide_quota}");
+            let shown = !hide_quota && sections.contains(&Limits);
+            let refused = turn(&house, key, "gpt-5.5").await;
+            assert_eq!(refused.status(), 429, "{case}");
+            let refused: Value = refused.json().await.unwrap();
+            let frames = turn_of(key, "refused").await;
+            let frame = frames.last().unwrap();
+            assert_eq!(frame["status"], 429, "{case}");
+            for told in [&refused, frame] {
+                let error = &told["error"];
+                assert_eq!(error["type"], "usage_limit_reached", "{case}");
+                assert_eq!(error["resets_at"].is_number(), shown, "{case}: {told}");
+            }
+        }
+        let asked = house.upstream.attempts();
+        assert_eq!(asked.iter().filter(|one| one.status == 429).count(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_key_may_use_an_alias_without_the_model_that_it_stands_for() {
+    let house = House::planned(Plan {
+        settings: |config| {
+            config.model_aliases = [("fast".to_owned(), "gpt-5.4-mini".to_owned())].into();
+        },
+        ..Plan::default()
+    })
+    .await;
+    let grants = Grants {
+        models: Some(vec!["fast".into()]),
+        ..Grants::default()
+    };
+    let key = house.another_key("fast", grants).await;
+    for (model, status) in [("fast", 200), ("gpt-5.4-mini", 403), ("gpt-5.5", 403)] {
+        assert_eq!(turn(&house, &key, model).await.status(), status, "{model}");
+    }
+    until("it is listed, alone", async || {
+        let request = house.http.get(house.url("/v1/models")).bearer_auth(&key);
+        let listed: Value = request.send().await.unwrap().json().await.unwrap();
+        let names = listed["data"].as_array().unwrap().iter();
+        names.map(|model| &model["id"]).eq(["fast"])
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -155,6 +155,33 @@ async fn an_account_at_its_limit_hands_over_to_the_next_and_the_client_sees_noth
 }
 
 #[tokio::test]
+async fn one_accounts_limit_is_never_told_as_the_pools() {
+    for limited_first in [true, false] {
+        let house = House::with(&["alice", "bob"]).await;
+        events(house.codex_turn("t", "turn-1", "hi").await).await;
+        let home = house.upstream.attempts()[0].account.clone();
+        let other = if home == "alice" { "bob" } else { "alice" };
+        let (limited, failing) = match limited_first {
+            true => (home.as_str(), other),
+            false => (other, home.as_str()),
+        };
+        let limit = Fault::once(Kind::RateLimit { resets_in: 500_000 });
+        house.upstream.fault(limit.at(limited));
+        house
+            .upstream
+            .fault(Fault::once(Kind::Overloaded).at(failing));
+        let refused = house.codex_turn("t", "turn-2", "hi").await;
+        assert_eq!(house.upstream.attempts().len(), 3);
+        // The other account serves the next turn: whoever reads a reset in some days would not come back.
+        assert_eq!(refused.status(), 503, "{limited_first}");
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["code"], "server_is_overloaded");
+        let next = events(house.codex_turn("t", "turn-3", "hi").await).await;
+        assert_eq!(text_of(&next), "echo: hi..");
+    }
+}
+
+#[tokio::test]
 async fn an_exhausted_pool_is_a_429_with_the_earliest_reset_before_the_stream() {
     let house = House::with(&["alice", "bob"]).await;
     house

@@ -9,7 +9,7 @@ mod death;
 use std::time::Duration;
 
 use drawbridge::{
-    ids::{AccountId, BootId, ScopeId, TurnId},
+    ids::{AccountId, ApiKeyId, BootId, ScopeId, TurnId},
     ledger::{
         Answer, End, Ledger, Metered, Opened, Opening, Outcome, Reconciliation, Request,
         STATEMENTS, Settlement, Sticky, Try, price::Tier,
@@ -21,7 +21,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
-use crate::support::store::Store;
+use crate::support::{store::Store, wait::until};
 
 /// A replica's ledger, under an incarnation that is registered.
 async fn replica(store: &Store) -> (Ledger, BootId) {
@@ -439,6 +439,49 @@ async fn the_log_is_written_beside_the_requests_refused_ones_included() {
         );
         assert_eq!(agreed(&ledger).await.turns, 0);
     }
+}
+
+#[tokio::test]
+async fn what_a_key_has_used_is_added_up_once_for_all_who_ask_and_seldom_where_that_is_slow() {
+    let store = Store::direct().await;
+    let (ledger, boot) = replica(&store).await;
+    let key = ApiKeyId::new();
+    let held = "begin; lock table turns in access exclusive mode";
+    store.client.batch_execute(held).await.unwrap();
+    let asking = futures_util::future::join_all((0..5).map(|_| ledger.used(key)));
+    let release = async {
+        let slow = "
+            select count(*), coalesce(max(clock_timestamp() - query_start) > interval '100 ms', false) from pg_stat_activity
+            where wait_event_type = 'Lock' and query like '%cached_input_tokens%' and datname = current_database()";
+        let mut sums = 0;
+        until("it is slow", async || {
+            // Within a transaction it would be what it was at first.
+            let anew = "select pg_stat_clear_snapshot()";
+            store.client.batch_execute(anew).await.unwrap();
+            let row = store.client.query_one(slow, &[]).await.unwrap();
+            sums = row.get::<_, i64>(0);
+            row.get(1)
+        })
+        .await;
+        assert_eq!(sums, 1);
+        store.client.batch_execute("commit").await.unwrap();
+    };
+    let (answers, ()) = tokio::join!(asking, release);
+    let answers: Vec<i64> = answers
+        .into_iter()
+        .map(|used| used.unwrap().requests)
+        .collect();
+    assert_eq!(answers, [0; 5]);
+
+    let settled = "
+        insert into turns (turn_id, request_id, scope_id, api_key_id, boot_id, state, route, transport, model)
+        select id, id, id, $1, $2, 'settled', 'r', 'http', 'm' from (select gen_random_uuid() id) one";
+    store.client.execute(settled, &[&key, &boot]).await.unwrap();
+    assert_eq!(ledger.used(key).await.unwrap().requests, 0, "a while ago");
+    until("it is added up again", async || {
+        ledger.used(key).await.unwrap().requests == 1
+    })
+    .await;
 }
 
 #[tokio::test]

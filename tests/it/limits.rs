@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use drawbridge::config::Transport;
 use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _, future::join_all};
 use loadtest::upstream::{Fault, Kind};
 use reqwest::Response;
@@ -15,7 +16,8 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::support::{
     codex_socket::create,
-    house::{House, codex_body, events, text_of},
+    house::{House, Plan, codex_body, events, text_of},
+    wait::until,
 };
 
 const CODEX: &str = "/backend-api/codex/responses";
@@ -166,6 +168,73 @@ async fn a_pool_that_is_blocked_for_60_s_says_60_s() {
     assert_eq!(limit["primary_window"]["used_percent"], 40);
     let models = house.get("/v1/models").send().await.unwrap();
     assert_eq!(models.headers()["x-codex-primary-used-percent"], "40");
+}
+
+#[tokio::test]
+async fn an_account_serves_again_when_its_block_has_ended_and_not_before() {
+    let house = House::start().await;
+    let refusal = Kind::RetryAfter {
+        seconds: 2,
+        used_percent: 40.0,
+    };
+    house.upstream.fault(Fault::once(refusal));
+    let began = Instant::now();
+    until("it serves again", async || {
+        house.codex_turn("thread", "turn", "hi").await.status() == 200
+    })
+    .await;
+    // Deadlines are whole seconds.
+    assert!(began.elapsed() >= Duration::from_secs(1));
+    assert_eq!(
+        house.upstream.attempts().len(),
+        2,
+        "nothing was tried in between"
+    );
+}
+
+#[tokio::test]
+async fn what_an_event_says_counts_beside_the_headers_of_its_own_answer() {
+    // Only over HTTP answers have headers.
+    let house = House::planned(Plan {
+        transport: Transport::Http,
+        ..Plan::default()
+    })
+    .await;
+    house.upstream.fault(Fault::once(Kind::Told(40.0)));
+    served(&house, "thread", "turn").await;
+    let query = "select used_percent from quota_windows where window_minutes = 300";
+    until(
+        "the higher of the two, which began together, is stored",
+        async || {
+            let row = house.client.query_opt(query, &[]).await.unwrap();
+            row.is_some_and(|row| row.get::<_, f64>(0) > 39.0)
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_document_ends_no_throttle_whatever_its_headers_say() {
+    let house = House::start().await;
+    let throttled = "
+        insert into quota_blocks (account_id, family, blocked_at, blocked_until, reason)
+        select account_id, 'codex', clock_timestamp() - interval '1 minute', clock_timestamp() + interval '1 hour', 'rate_limit_exceeded'
+        from accounts";
+    house.client.batch_execute(throttled).await.unwrap();
+    let replica = house.neighbour().await;
+    let at = |path: &str| format!("http://{}{path}", replica.address);
+    let refresh = house.http.post(at("/api/fleet/refresh"));
+    let refreshed = refresh.bearer_auth(house.key()).send().await.unwrap();
+    let refreshed: Value = refreshed.json().await.unwrap();
+    assert_eq!(refreshed["usageWritten"], true);
+    let summary = house.http.get(at("/api/fleet/summary"));
+    let summary = summary.bearer_auth(house.key()).send().await.unwrap();
+    let summary: Value = summary.json().await.unwrap();
+    assert_eq!(summary["accounts"][0]["status"], "rate_limited");
+    assert!(!blocks(&house).await[0].3, "nothing has lifted it");
+    let query = "select string_agg(distinct source, ',') from quota_windows";
+    let sources: String = house.client.query_one(query, &[]).await.unwrap().get(0);
+    assert_eq!(sources, "poll", "no turn has told");
 }
 
 /// Runs the others, and beside them something large; yields what that came to and how many deltas the others had meanwhile.

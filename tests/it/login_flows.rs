@@ -12,6 +12,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use crate::support::{
     house::{House, OPERATOR, Plan},
     process::Home,
+    wait::until,
 };
 
 /// Three replicas without an account.
@@ -261,6 +262,59 @@ async fn what_is_no_callback_of_a_login_ends_nothing_and_what_is_over_stays_over
     let gone = rooms.complete(2, &slow, &late).await;
     assert_eq!(code(&gone), (404, "login_not_found"));
     assert_eq!(rooms.house.accounts().list().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_login_whose_code_is_spent_is_stored_although_postgres_goes_away_meanwhile() {
+    let rooms = Rooms::open(&[]).await;
+    let begun = rooms.begin(json!({"method": "browser"})).await;
+    let callback = rooms.finish(&begun, "alice", "a@example.test");
+    let client = &rooms.house.client;
+    let last = "begin; select from bus_versions where topic = 'accounts' for update";
+    client.batch_execute(last).await.unwrap();
+    let storing = async || {
+        let fresh = "select pg_stat_clear_snapshot()";
+        client.batch_execute(fresh).await.unwrap();
+        let sql = "select pid from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        let rows = client.query(sql, &[]).await.unwrap();
+        rows.first().map(|row| row.get::<_, i32>(0))
+    };
+    let (completed, ()) = tokio::join!(rooms.complete(1, &begun, &callback), async {
+        until("it is stored", async || storing().await.is_some()).await;
+        let first = storing().await;
+        let end = "select pg_terminate_backend($1)";
+        client.execute(end, &[&first]).await.unwrap();
+        until("it is stored again", async || {
+            let now = storing().await;
+            now.is_some() && now != first
+        })
+        .await;
+        client.batch_execute("commit").await.unwrap();
+    });
+    assert_eq!(
+        (completed.0, text(&completed.1, "status")),
+        (200, "succeeded"),
+        "{completed:?}"
+    );
+    assert_eq!(rooms.house.upstream.violations(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_step_of_a_login_is_one_replicas_for_as_long_as_that_renews_its_claim() {
+    let rooms = Rooms::open(&[]).await;
+    let begun = rooms.begin(json!({"method": "browser"})).await;
+    let (accounts, id) = (rooms.house.accounts(), text(&begun, "id").parse().unwrap());
+    let (none, long) = (Duration::ZERO, Duration::from_secs(60));
+    let first = accounts.claim_flow(id, none).await.unwrap().unwrap();
+    accounts.renew_flow(&first, long).await.unwrap();
+    assert!(accounts.claim_flow(id, long).await.unwrap().is_none());
+    accounts.renew_flow(&first, none).await.unwrap();
+    let second = accounts.claim_flow(id, long).await.unwrap().unwrap();
+    accounts.renew_flow(&first, none).await.unwrap();
+    let third = accounts.claim_flow(id, long).await.unwrap();
+    assert!(third.is_none(), "whoever took it over keeps it");
+    accounts.release_flow(&second, None, none).await.unwrap();
+    assert!(accounts.claim_flow(id, long).await.unwrap().is_some());
 }
 
 #[tokio::test]

@@ -4,6 +4,8 @@
     reason = "looks behind the back of the code under test, on a connection of its own"
 )]
 
+mod rivals;
+
 use std::time::{Duration, Instant};
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -121,30 +123,41 @@ fn login(who: &str) -> AuthFile {
 /// Columns that could name an account and are not in the registry, and those in it that do not exist.
 async fn unlisted(pool: &Pool) -> Vec<String> {
     let columns = pool
-        .texts("select table_name || '.' || column_name from information_schema.columns where table_schema = 'public'")
+        .texts("select table_name || '.' || column_name from information_schema.columns where table_schema = 'public' order by 1")
+        .await;
+    let suspect = pool
+        .texts(
+            "select table_name || '.' || column_name from information_schema.columns
+            where table_schema = 'public' and (column_name like '%account_id%' or data_type = 'jsonb')
+            union select conrelid::regclass || '.' || attname from pg_constraint
+            join pg_attribute on attrelid = conrelid and attnum = any(conkey)
+            where contype = 'f' and confrelid = 'accounts'::regclass order by 1",
+        )
         .await;
     let listed: Vec<String> = DEPENDENTS
         .iter()
         .map(|dependent| format!("{}.{}", dependent.table, dependent.column))
         .collect();
-    let named = columns
-        .iter()
-        .filter(|column| column.contains("account_id") && !listed.contains(column));
+    let named = suspect.iter().filter(|column| !listed.contains(column));
     let gone = listed.iter().filter(|column| !columns.contains(column));
     named.chain(gone).cloned().collect()
 }
 
 #[tokio::test]
-async fn schema_walk_every_column_named_account_id_is_listed_in_the_dependents_registry() {
+async fn schema_walk_every_column_that_could_name_an_account_is_listed_in_the_dependents_registry()
+{
     let pool = Pool::new().await;
     assert_eq!(
         unlisted(&pool).await,
         [""; 0],
         "say in db::dependents how these follow a merge"
     );
-    pool.run("create table later (main_account_id uuid)", &[])
-        .await;
-    assert_eq!(unlisted(&pool).await, ["later.main_account_id"]);
+    let later = "create table later (main_account_id uuid, owner_id uuid references accounts, notes jsonb, models text)";
+    pool.run(later, &[]).await;
+    assert_eq!(
+        unlisted(&pool).await,
+        ["later.main_account_id", "later.notes", "later.owner_id"]
+    );
 }
 
 #[tokio::test]
@@ -182,7 +195,7 @@ async fn the_oldest_row_of_a_seat_takes_in_the_others_and_lives_again() {
         };
         let generation = tokens.generation;
         pool.accounts
-            .rotate(copy, generation, &rotated, None)
+            .rotate(copy, generation, &rotated)
             .await
             .unwrap();
     }
@@ -335,6 +348,34 @@ async fn a_duplicate_with_everything_that_names_it_is_all_on_the_canonical_row()
 }
 
 #[tokio::test]
+async fn what_a_login_does_not_say_is_as_the_rows_said_that_became_one() {
+    let pool = Pool::new().await;
+    let oldest = pool.login("-/-/e").await.id;
+    pool.run("update accounts set plan_type = 'unknown'", &[])
+        .await;
+    let newer = pool.login("w/u/e").await.id;
+    let file = json!({"tokens": {"access_token": "a", "refresh_token": "r", "account_id": "w"}});
+    let silent = AuthFile::parse(file.to_string().as_bytes()).unwrap();
+    assert_eq!(pool.login_by(EMAIL, "-/-/e").await.merged, [newer]);
+    let known =
+        "select concat_ws(' ', chatgpt_account_id, chatgpt_user_id, plan_type) from accounts";
+    assert_eq!(pool.texts(known).await, ["w u team"]);
+
+    let nameless = pool.login_by(BESIDE, "w/-/-").await.id;
+    let older = "update accounts set plan_type = 'unknown', created_at = created_at - interval '1 day' where account_id = $1";
+    pool.run(older, &[&nameless]).await;
+    let merged = pool.accounts.import(&silent, None).await.unwrap();
+    assert_eq!((merged.id, &merged.merged[..]), (nameless, &[oldest][..]));
+    assert_eq!(pool.texts(known).await, ["w u team"]);
+    let [listed] = &pool.accounts.list().await.unwrap()[..] else {
+        panic!("one seat, one row")
+    };
+    assert_eq!(listed.email.as_deref(), Some("e@example.test"));
+    let found = pool.login_by(EMAIL_ALONE, "-/-/e").await;
+    assert_eq!(found.id, nameless, "its address finds it");
+}
+
+#[tokio::test]
 async fn history_follows_in_batches_and_goes_on_where_it_was_left() {
     let pool = Pool::new().await;
     let kept = pool.login("w/u/a").await.id;
@@ -435,14 +476,12 @@ async fn each_switch_of_a_login_takes_its_locks_and_the_seat_comes_before_the_ad
         (EMAIL_ALONE, &[LockClass::Email]),
         (BESIDE, &[]),
     ] {
-        // A row beside the seat's waits for nobody: its lock is its own.
-        let locks: Vec<(i32, i32)> = match expected {
-            [] => vec![(LockClass::Seat as i32, 1)],
-            _ => locks(&who, policy, AccountId::new())
-                .into_iter()
-                .map(|(class, key)| (class as i32, key))
-                .collect(),
-        };
+        // A row beside the seat's waits for nobody: its lock is its own, whatever the seat's logins hold.
+        let others = if expected.is_empty() { EMAIL } else { policy };
+        let locks: Vec<(i32, i32)> = locks(&who, others, AccountId::new())
+            .into_iter()
+            .map(|(class, key)| (class as i32, key))
+            .collect();
         for (index, lock) in locks.iter().enumerate() {
             let mut other = pool.store.db.dedicated().await.unwrap();
             let held = format!(

@@ -1,6 +1,10 @@
 //! Limits over two replicas: what one learns the other knows, and nobody undoes what is newer.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use drawbridge::{
     bus::{Bus, Topic},
@@ -239,6 +243,39 @@ async fn a_deleted_account_does_not_keep_others_from_being_stored() {
     let stored = Quota::read(&db).await.unwrap();
     assert_eq!(stored.snapshot(kept), quota.snapshot(kept));
     assert_eq!(stored.snapshot(deleted), (Vec::new(), Vec::new()));
+}
+
+#[tokio::test]
+async fn a_block_that_was_learnt_under_the_id_of_a_merged_account_is_stored_under_the_one_that_stays()
+ {
+    let (gone, heir) = (AccountId::new(), AccountId::new());
+    let (_test, db) = database(&[gone, heir]).await;
+    let quota = Quota::read(&db).await.unwrap();
+    quota.block(gone, &Family::CODEX, None, "rate_limit_exceeded");
+    db.exec(&DELETE_ACCOUNT, &[&gone]).await.unwrap();
+    assert!(quota.flush().await, "of nobody there is nothing to store");
+    quota.inherit(&Arc::new(HashMap::from([(gone, heir)])));
+    assert!(quota.flush().await);
+    let stored = Quota::read(&db).await.unwrap();
+    assert_eq!(stored.snapshot(heir).1.len(), 1);
+    assert_eq!(stored.snapshot(heir), quota.snapshot(heir));
+}
+
+#[tokio::test]
+async fn what_cannot_be_stored_is_told_and_stored_later() {
+    let account = AccountId::new();
+    let (test, db) = database(&[account]).await;
+    let client = test.connect().await;
+    let quota = Quota::read(&db).await.unwrap();
+    quota.observe(account, &weekly(10.0), Instant::now(), Source::Poll);
+    let away = "alter table quota_windows rename to away";
+    client.batch_execute(away).await.unwrap();
+    assert!(!quota.flush().await);
+    let back = "alter table away rename to quota_windows";
+    client.batch_execute(back).await.unwrap();
+    assert!(quota.flush().await);
+    let stored = Quota::read(&db).await.unwrap();
+    assert_eq!(stored.snapshot(account), quota.snapshot(account));
 }
 
 #[tokio::test]

@@ -280,8 +280,7 @@ async fn a_value_that_is_written_between_reading_and_writing_it_stays_as_it_was_
         let mut pass = refresh.pass(&house.db, if n % 2 == 0 { &house.ring } else { &both });
         let generation = accounts.credential(id).await.unwrap().unwrap().generation;
         let tokens = tokens(n);
-        let (_, rotated) =
-            tokio::join!(pass.step(), accounts.rotate(id, generation, &tokens, None));
+        let (_, rotated) = tokio::join!(pass.step(), accounts.rotate(id, generation, &tokens));
         assert!(rotated.unwrap().is_some());
         let stored = accounts.credential(id).await.unwrap().unwrap();
         assert_eq!(stored.refresh.expose_secret(), format!("refresh-{n}"));

@@ -107,7 +107,13 @@ async fn a_poll_404_403_5xx_never_changes_lifecycle_status() {
         })
         .await;
         assert_eq!(house.told(name, "status").await, "active");
-        assert_eq!(house.upstream.account(name).usage_reads(), 1, "put off");
+        assert_eq!(house.upstream.account(name).usage_reads(), 1);
+        let query = "
+            select due_at > clock_timestamp() + interval '30 seconds' from account_polls join accounts using (account_id)
+            where chatgpt_account_id = $1 and kind = 'usage'";
+        let account = format!("acct-{name}");
+        let row = house.client.query_one(query, &[&account]).await.unwrap();
+        assert!(row.get::<_, bool>(0), "put off");
     }
     let turn = events(house.codex_turn("thread", "turn", "hi").await).await;
     assert_eq!(text_of(&turn), "echo: hi..");
@@ -283,6 +289,7 @@ async fn a_catalogue_that_cannot_be_read_keeps_its_last_good_copy_and_its_etag()
         ..Plan::default()
     })
     .await;
+    let alice = house.account_id("alice").await;
     let listed = async || {
         let answer = house.get("/v1/models").send().await.unwrap();
         let etag = answer.headers()["etag"].clone();
@@ -307,6 +314,11 @@ async fn a_catalogue_that_cannot_be_read_keeps_its_last_good_copy_and_its_etag()
     })
     .await;
     assert_eq!(listed().await, before);
+    house.accounts().pause(alice).await.unwrap();
+    until("what nobody in service lists is gone", async || {
+        listed().await.0 == ["gpt-5.5"]
+    })
+    .await;
 }
 
 #[tokio::test]

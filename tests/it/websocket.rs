@@ -1,7 +1,7 @@
 //! Turns over a WebSocket: the conversation lives on one upstream socket, and what ends it is told so that Codex repairs it silently.
 
 use loadtest::upstream::{Config, Fault, Kind, Stage};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::{
@@ -55,7 +55,13 @@ async fn a_prewarm_is_remembered_and_costs_nothing() {
 #[tokio::test]
 async fn upstreams_turn_state_stays_here_and_limits_are_the_pools() {
     let house = House::with(&["alice", "bob"]).await;
-    house.learn_limits().await;
+    for (name, used) in [("alice", 20), ("bob", 60)] {
+        let window = json!({ "used_percent": used, "limit_window_seconds": 18_000, "reset_after_seconds": 9_000 });
+        let usage = json!({ "plan_type": "plus", "rate_limit": { "primary_window": window } });
+        house.upstream.account(name).answer_usage(200, usage);
+    }
+    let refreshed = house.post("/api/fleet/refresh").send().await.unwrap();
+    assert_eq!(refreshed.status(), 200);
     let mut socket = CodexSocket::open(&house, CODEX).await;
     let frames = socket.turn(create("turn-1", "one", None)).await;
     let first = &frames[0]["headers"]["x-codex-turn-state"];
@@ -66,7 +72,9 @@ async fn upstreams_turn_state_stays_here_and_limits_are_the_pools() {
         .iter()
         .find(|frame| frame["type"] == "codex.rate_limits")
         .unwrap();
-    assert!(limits["rate_limits"]["primary"]["used_percent"].is_number());
+    // Upstream said 12 % of the account that serves; whether that is in the mean already does not matter.
+    let used = limits["rate_limits"]["primary"]["used_percent"].as_f64();
+    assert!([40.0, 36.0, 16.0].map(Some).contains(&used), "{limits}");
 }
 
 #[tokio::test]

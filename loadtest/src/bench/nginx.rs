@@ -77,7 +77,7 @@ fn configuration(dir: &Path, address: &str, origin: &str, token: &str, account_i
 worker_processes {WORKERS};
 pid {dir}/nginx.pid;
 error_log {dir}/nginx-error.log warn;
-events {{ worker_connections 4096; }}
+events {{ worker_connections 16384; }}
 http {{
     access_log off;
     map $http_upgrade $hop {{ default upgrade; '' ''; }}

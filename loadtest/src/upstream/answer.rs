@@ -81,6 +81,9 @@ pub(super) fn plan(
     out.event(json!({ "type": "response.created", "response": response("in_progress", &[], Value::Null) }));
     out.event(json!({ "type": "response.in_progress", "response": response("in_progress", &[], Value::Null) }));
     out.reach(Stage::AfterCreated);
+    if let Some(Kind::Told(used)) = fault {
+        out.event(super::websocket::rate_limits(*used));
+    }
     if let Some(failed) = failure(&id, fault) {
         out.event(failed);
         return Answer {

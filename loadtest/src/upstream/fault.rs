@@ -64,6 +64,8 @@ pub enum Kind {
     End(Stage),
     /// The socket is closed with a code.
     Close(u16, Stage),
+    /// An event of the stream says so many percent of the short window, whatever the headers say.
+    Told(f64),
     /// Each event takes so long, in milliseconds.
     Slow(u64),
     /// One event of so many bytes.

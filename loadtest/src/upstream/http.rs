@@ -475,5 +475,7 @@ pub(super) async fn usage(
     let window = |used: f64, seconds: u64, after: u64| json!({ "used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": after, "reset_at": epoch() + after });
     let body = json!({ "plan_type": "plus", "rate_limit": { "allowed": true, "limit_reached": false,
         "primary_window": window(shared.used_percent(&account), 18_000, 9_000), "secondary_window": window(20.0, 604_800, 400_000) } });
-    Json(body).into_response()
+    // As a turn carries them.
+    let limits = limits(None, shared.used_percent(&account));
+    (limits, Json(body)).into_response()
 }

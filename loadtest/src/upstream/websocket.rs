@@ -314,9 +314,8 @@ impl Line {
     async fn preamble(&mut self) -> Result<(), Closed> {
         let turn_state = self.shared.change(|state| state.turn_state(&self.account));
         self.send(&json!({ "type": "response.metadata", "headers": { "x-codex-turn-state": turn_state, "x-models-etag": "\"fake-1\"" } })).await?;
-        let window = |used: f64, minutes: u64| json!({ "used_percent": used, "window_minutes": minutes, "reset_at": super::account::epoch() + 9_000 });
         let used = self.shared.used_percent(&self.account);
-        self.send(&json!({ "type": "codex.rate_limits", "rate_limits": { "primary": window(used, 300), "secondary": window(20.0, 10_080) } })).await
+        self.send(&rate_limits(used)).await
     }
 
     /// Waits, and notices a peer that speaks out of turn or leaves.
@@ -384,4 +383,10 @@ impl Line {
             .await
             .map_err(|_| Closed)
     }
+}
+
+/// The account's windows as an event.
+pub(super) fn rate_limits(used: f64) -> Value {
+    let window = |used: f64, minutes: u64| json!({ "used_percent": used, "window_minutes": minutes, "reset_at": super::account::epoch() + 9_000 });
+    json!({ "type": "codex.rate_limits", "rate_limits": { "primary": window(used, 300), "secondary": window(20.0, 10_080) } })
 }

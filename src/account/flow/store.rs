@@ -44,11 +44,16 @@ statements! { "account/flow";
         returning wanted_account_id, label, secrets_sealed";
 
     /// By whoever has the claim.
+    RENEW: [UUID, UUID, FLOAT8] = "
+        update login_flows set claimed_until = clock_timestamp() + make_interval(secs => $3)
+        where flow_id = $1 and claimed_by = $2 and status = 'pending'";
+
+    /// As `RENEW`.
     RELEASE: [UUID, UUID, TEXT, FLOAT8] = "
         update login_flows set claimed_by = null, claimed_until = null, error = $3, interval_seconds = interval_seconds + $4::int
         where flow_id = $1 and claimed_by = $2 and status = 'pending'";
 
-    /// As `RELEASE`. The secrets are of no use any more.
+    /// As `RENEW`. The secrets are of no use any more.
     FAIL: [UUID, UUID, TEXT] = "
         update login_flows set status = 'failed', error = $3, finished_at = clock_timestamp(), claimed_until = null, secrets_sealed = ''
         where flow_id = $1 and claimed_by = $2 and status = 'pending'";
@@ -118,6 +123,12 @@ pub(super) async fn claim(
     let row = db.opt(&CLAIM, &[&id, &claim, &time.as_secs_f64()]).await?;
     row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?)))
         .transpose()
+}
+
+pub(super) async fn renew(db: &Db, id: FlowId, claim: Uuid, time: Duration) -> Result<(), Error> {
+    db.exec(&RENEW, &[&id, &claim, &time.as_secs_f64()])
+        .await
+        .map(drop)
 }
 
 pub(super) async fn release(

@@ -164,7 +164,13 @@ impl<'a> Line<'a> {
         let create = async |body: &Value| {
             let body = Bytes::from(body.to_string());
             self.upstream
-                .create(self.account, &self.credential, headers.clone(), body)
+                .create(
+                    self.account,
+                    &self.credential,
+                    headers.clone(),
+                    body,
+                    Instant::now(),
+                )
                 .await
         };
         let mut bad = self.body();
@@ -197,7 +203,7 @@ impl<'a> Line<'a> {
         let headers = headers::to_upstream_websocket(&HeaderMap::new());
         let connected = self
             .upstream
-            .connect(self.account, &self.credential, headers)
+            .connect(self.account, &self.credential, headers, Instant::now())
             .await;
         let mut socket = connected.map_err(|failure| error(&failure))?;
         let mut seen = Seen {

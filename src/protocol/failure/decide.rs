@@ -44,6 +44,17 @@ pub struct Tries {
     pub refreshed: bool,
 }
 
+impl Tries {
+    /// What is known of them at the next account.
+    #[must_use]
+    pub fn at_next_account(self) -> Self {
+        Self {
+            accounts: self.accounts.saturating_add(1),
+            ..Self::default()
+        }
+    }
+}
+
 /// What to do with the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Next {
@@ -197,6 +208,19 @@ mod tests {
         accounts: 3,
         ..AFTER_REFRESH
     };
+
+    #[test]
+    fn a_pool_of_hundreds_may_be_asked_and_the_number_of_tries_never_starts_anew() {
+        let mut tries = AFTER_REFRESH;
+        for _ in 0..300 {
+            tries = tries.at_next_account();
+        }
+        let all = Tries {
+            accounts: u8::MAX,
+            ..Tries::default()
+        };
+        assert_eq!(tries, all);
+    }
 
     const EVERY_CLASS: [Class; 16] = [
         Class::RateLimit,

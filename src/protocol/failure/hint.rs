@@ -23,7 +23,7 @@ pub(super) fn exhausted_until(error: &ErrorBody, now: i64) -> Option<i64> {
         .into_iter()
         .flatten()
         .any(|name| name == "usage_limit_reached");
-    let family = limits::active_family(&error.headers);
+    let family = limits::active_family(&error.headers).unwrap_or_default();
     let seen = limits::from_headers(&error.headers, now)
         .into_iter()
         .filter(|seen| usage && seen.family == family);

@@ -41,8 +41,6 @@ pub struct UsageReport {
     pub lists_families: bool,
     /// The workspace that answered, which must be the account's.
     pub workspace_id: Option<String>,
-    /// Saved limit resets that the user may redeem.
-    pub reset_credits: Option<u32>,
 }
 
 /// Reads `GET /wham/usage`; `None` where it is no JSON object.
@@ -51,8 +49,6 @@ pub fn from_usage(json: &[u8], now: i64) -> Option<UsageReport> {
     let main = Observation {
         credits: credits(&usage["credits"]),
         plan_type: text(&usage["plan_type"]),
-        reached_type: text(&usage["rate_limit_reached_type"]["type"])
-            .or_else(|| text(&usage["rate_limit_reached_type"])),
         ..rate_limit(Family::CODEX, &usage["rate_limit"], now)
     };
     let review = rate_limit(
@@ -63,11 +59,7 @@ pub fn from_usage(json: &[u8], now: i64) -> Option<UsageReport> {
     let listed = usage["additional_rate_limits"].as_array();
     let additional = listed.into_iter().flatten().filter_map(|limit| {
         let id = text(&limit["metered_feature"]).or_else(|| text(&limit["limit_name"]))?;
-        let observation = rate_limit(Family::new(&id), &limit["rate_limit"], now);
-        Some(Observation {
-            limit_name: text(&limit["limit_name"]),
-            ..observation
-        })
+        Some(rate_limit(Family::new(&id), &limit["rate_limit"], now))
     });
     let others = std::iter::once(review)
         .chain(additional)
@@ -76,8 +68,6 @@ pub fn from_usage(json: &[u8], now: i64) -> Option<UsageReport> {
         observations: std::iter::once(main).chain(others).collect(),
         lists_families: listed.is_some(),
         workspace_id: text(&usage["workspace_id"]),
-        reset_credits: whole(&usage["rate_limit_reset_credits"]["available_count"])
-            .and_then(|n| u32::try_from(n).ok()),
     })
 }
 
@@ -89,7 +79,6 @@ pub fn from_event(data: &[u8], now: i64) -> Vec<Observation> {
         .find_map(|name| text(&event[name]));
     let family = Family::new(&id.unwrap_or_default());
     let main = Observation {
-        limit_name: text(&event["limit_name"]),
         credits: credits(&event["credits"]).or_else(|| credits(&event["rate_limits"]["credits"])),
         plan_type: text(&event["plan_type"]),
         ..rate_limit(family, &event["rate_limits"], now)
@@ -131,7 +120,6 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
             });
             Observation {
                 family: Family::new(prefix),
-                limit_name: text(&get(&format!("x-{prefix}-limit-name"))),
                 windows: unique(windows),
                 ..Observation::default()
             }
@@ -142,7 +130,6 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
     let account = Observation {
         credits: credits_of(|field| get(&format!("x-codex-credits-{}", field.replace('_', "-")))),
         plan_type: text(&get("x-codex-plan-type")),
-        reached_type: text(&get("x-codex-rate-limit-reached-type")),
         ..Observation::default()
     };
     match observations
@@ -151,11 +138,7 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
     {
         Some(codex) => {
             let windows = std::mem::take(&mut codex.windows);
-            *codex = Observation {
-                windows,
-                limit_name: codex.limit_name.take(),
-                ..account
-            };
+            *codex = Observation { windows, ..account };
         }
         None if !account.is_empty() => observations.push(account),
         None => {}
@@ -163,11 +146,12 @@ pub fn from_headers(headers: &HeaderMap, now: i64) -> Vec<Observation> {
     observations
 }
 
-/// The family that a refusal belongs to: the active limit, if the headers say more of it than its name.
-pub fn active_family(headers: &HeaderMap) -> Family {
+/// The family that a refusal belongs to: the active limit, if the headers say more of it than its name. [`Family::CODEX`] is one as any.
+pub fn active_family(headers: &HeaderMap) -> Option<Family> {
     let named = headers
         .get("x-codex-active-limit")
         .and_then(|value| value.to_str().ok())
+        .filter(|name| !name.is_empty())
         .map(Family::new);
     let described = |family: &Family| {
         headers
@@ -175,7 +159,7 @@ pub fn active_family(headers: &HeaderMap) -> Family {
             .filter_map(|name| family_prefix(name.as_str()))
             .any(|prefix| Family::new(prefix) == *family)
     };
-    named.filter(described).unwrap_or_default()
+    named.filter(described)
 }
 
 /// `codex-other` of `x-codex-other-primary-used-percent`.

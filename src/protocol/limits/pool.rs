@@ -28,7 +28,7 @@ pub struct PoolView {
     pub secondary: Option<PoolWindow>,
     /// The monthly window.
     pub monthly: Option<PoolWindow>,
-    /// No account is left with all its windows below 100 %.
+    /// Every account is blocked by upstream's refusals; what windows say does not count.
     pub limit_reached: bool,
     /// Credits of all accounts together.
     pub credits: Option<Credits>,

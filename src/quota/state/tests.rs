@@ -175,7 +175,7 @@ fn what_could_not_be_stored_is_stored_later_and_nothing_twice() {
     state.block(id, &Family::CODEX, refused(2, 60));
     let failed = state.take_unsaved();
     assert!(state.take_unsaved().is_empty());
-    state.keep_unsaved(failed);
+    state.keep_unsaved(&failed);
     let rows = state.take_unsaved();
     assert_eq!((rows.windows.len(), rows.blocks.len()), (1, 1));
     assert_eq!(rows.windows[0].1.observed_at, at(1));
@@ -316,4 +316,30 @@ fn what_the_usage_endpoint_leaves_out_is_gone_unless_it_says_nothing_of_the_kind
         left.sort_unstable();
         assert_eq!(names, left, "{what}");
     }
+}
+
+#[test]
+fn what_is_known_of_an_account_that_was_merged_away_is_its_heirs_and_is_stored_again() {
+    let (gone, heir) = (AccountId::new(), AccountId::new());
+    let mut state = State::default();
+    let week = |used| seen("codex", &[(Window::Weekly, used, 144 * HOUR)]);
+    state.observe(gone, &week(40.0), at(5), Source::Header, at(5));
+    state.block(gone, &Family::CODEX, refused(10, 70));
+    state.observe(heir, &week(30.0), at(2), Source::Header, at(2));
+    // As if it had been stored after its row was gone, which stores nothing.
+    drop(state.take_unsaved());
+    let heirs = Arc::new(HashMap::from([(gone, heir)]));
+    assert!(state.inherit(Arc::clone(&heirs)).seen);
+    assert!(is_blocked(&state, heir, "codex", 11));
+    assert_eq!(state.snapshot(heir).0[0].used_percent, 40.0);
+    assert_eq!(state.snapshot(gone), (Vec::new(), Vec::new()));
+    let unsaved = state.take_unsaved();
+    assert_eq!(unsaved.windows[0].0.0, heir);
+    assert_eq!(unsaved.blocks[0].0.0, heir);
+    // A turn that still runs there knows the old id.
+    state.observe(gone, &week(50.0), at(20), Source::Header, at(20));
+    state.block(gone, &Family::CODEX, refused(30, 90));
+    assert!(is_blocked(&state, heir, "codex", 80));
+    assert_eq!(state.snapshot(heir).0[0].used_percent, 50.0);
+    assert_eq!(state.inherit(heirs), Change::default(), "nothing is left");
 }

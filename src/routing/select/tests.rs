@@ -128,6 +128,35 @@ fn shares(accounts: Vec<Account>) -> BTreeMap<AccountId, f64> {
 }
 
 #[test]
+fn what_accounts_list_that_cannot_serve_the_caller_excludes_nobody() {
+    let hides = || listing(account(1, 0.0), &["gpt-5"]);
+    let lists = || listing(account(2, 0.0), &[ASK.model]);
+    let own = [id(1)];
+    let granted = Ask {
+        allowed: Some(&own),
+        ..ASK
+    };
+    let deactivated = with(lists(), |account| {
+        account.lifecycle = Lifecycle::Deactivated;
+    });
+    for (what, other, ask) in [
+        ("deactivated", deactivated, ASK),
+        ("not granted", lists(), granted),
+    ] {
+        let Decision::Use(choice) = decide(vec![hides(), other], &ask) else {
+            panic!("{what}: nobody");
+        };
+        assert_eq!(choice.account, id(1), "{what}");
+    }
+    let blocked = blocked(lists(), 60);
+    let decision = decide(vec![hides(), blocked], &ASK);
+    assert!(
+        matches!(decision, Decision::Exhausted { .. }),
+        "a blocked one will serve again: {decision:?}"
+    );
+}
+
+#[test]
 fn turns_are_spread_by_what_is_left_and_by_what_runs() {
     let pro = planned(account(2, 40.0), "pro");
     let busy = busy(account(2, 40.0), 3);

@@ -81,7 +81,7 @@ impl Turn<'_> {
         began: Instant,
     ) -> Attempted {
         let upstream = &self.engine.upstream;
-        let opening = carrier.open(upstream, account, credential, &self.ask, self.detour);
+        let opening = carrier.open(upstream, account, credential, &self.ask, self.detour, began);
         match self.unless_over(opening).await {
             Err(over) => return Attempted::Over(over),
             Ok(Err(failure)) => return Attempted::Failed(failure, None),
@@ -93,7 +93,7 @@ impl Turn<'_> {
         }
         // From here on upstream may have it, unless it is certain that it has not.
         self.seen.phase = Phase::Sent;
-        let sending = carrier.send(upstream, account, credential, &self.ask);
+        let sending = carrier.send(upstream, account, credential, &self.ask, began);
         match self.unless_over(sending).await {
             Err(over) => Attempted::Over(over),
             Ok(Ok(source)) => self.relay(source, account, began).await,

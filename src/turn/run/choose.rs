@@ -79,6 +79,9 @@ impl Turn<'_> {
         let view = engine.upstream.view();
         // What was remembered before accounts were merged means the one that they are now, also where the view is newer than the key.
         let canonical = |account: AccountId| engine.upstream.canonical(account);
+        let exhausted = |resets_at| Stop::Exhausted {
+            resets_at: self.ask.caller.sees(engine.hide_quota).limits(resets_at),
+        };
         let granted = self.ask.caller.accounts();
         let allowed: Option<Vec<AccountId>> =
             granted.map(|granted| granted.iter().copied().map(canonical).collect());
@@ -114,13 +117,13 @@ impl Turn<'_> {
                     self.choice = Some(choice);
                     return Ok(Some(account));
                 }
-                Decision::Exhausted { resets_at, .. } => return Err(Stop::Exhausted { resets_at }),
+                Decision::Exhausted { resets_at, .. } => return Err(exhausted(resets_at)),
                 Decision::Busy { .. } => return Ok(None),
                 Decision::Nobody { explanation } => {
                     // Accounts that failed in this turn may all be at their limits by now: then that is what the client should read.
                     let ask = routing::Ask { tried: &[], ..ask };
                     return Err(match routing::select(&view, &ask) {
-                        Decision::Exhausted { resets_at, .. } => Stop::Exhausted { resets_at },
+                        Decision::Exhausted { resets_at, .. } => exhausted(resets_at),
                         _ => Stop::Nobody {
                             why: explanation.to_string(),
                         },

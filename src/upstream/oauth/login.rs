@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::{Answer, CLIENT_ID, TIMEOUT, code_of};
+use super::{Answer, CLIENT_ID, code_of};
 use crate::account::Tokens;
 
 /// Where upstream sends a browser after a login: registered with the client, so nothing else can stand here. Nobody needs to listen there.
@@ -282,11 +282,7 @@ async fn spend(
 /// All three tokens, or it is no login.
 fn tokens(body: &[u8]) -> Result<Tokens, LoginError> {
     let answer: Answer = serde_json::from_slice(body).map_err(|_| malformed())?;
-    let secret = |text: Option<String>| {
-        text.filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()))
-            .map(SecretString::from)
-            .ok_or_else(malformed)
-    };
+    let secret = |text| super::secret(text).ok_or_else(malformed);
     Ok(Tokens {
         access: secret(answer.access_token)?,
         refresh: secret(answer.refresh_token)?,
@@ -294,18 +290,9 @@ fn tokens(body: &[u8]) -> Result<Tokens, LoginError> {
     })
 }
 
-async fn ask(request: RequestBuilder) -> Result<(StatusCode, bytes::Bytes), LoginError> {
+async fn ask(request: RequestBuilder) -> Result<(StatusCode, Vec<u8>), LoginError> {
     let unreachable = |why: &str| LoginError::Unreachable(why.to_owned());
-    let exchange = async {
-        let response = request.send().await?;
-        Ok::<_, reqwest::Error>((response.status(), response.bytes().await?))
-    };
-    match tokio::time::timeout(TIMEOUT, exchange).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) if error.is_connect() => Err(unreachable("connect")),
-        Ok(Err(_)) => Err(unreachable("network")),
-        Err(_) => Err(unreachable("timeout")),
-    }
+    super::ask(request).await.map_err(unreachable)
 }
 
 /// A client's fault is a refusal; everything else may work later.

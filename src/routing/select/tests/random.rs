@@ -64,7 +64,8 @@ proptest! {
             accounts.push(account);
         }
         let has = |account: &Account| account.models.as_ref().map(|models| models.contains(ASK.model));
-        let listed = accounts.iter().any(|account| has(account) == Some(true));
+        let counts = |account: &&Account| account.lifecycle == Lifecycle::Active && allowed.contains(&account.id);
+        let listed = accounts.iter().filter(counts).any(|account| has(account) == Some(true));
         let may_serve = |account: &Account| {
             account.lifecycle == Lifecycle::Active
                 && !account.blocks.iter().any(|block| block.family == "codex" && block.until > NOW)

@@ -53,7 +53,12 @@ fn strategy_formulas_against_a_fixed_vector_set() {
             pool(),
             vec![1, 1, 2, 1, 1, 1, 1, 5, 1, 1],
         ),
-        ("the next to lose", SoonestReset, pool(), vec![2; 4]),
+        (
+            "the next to lose",
+            SoonestReset,
+            pool().drain(..4).collect(),
+            vec![2; 4],
+        ),
         (
             "resets within an hour are one",
             SoonestReset,
@@ -66,13 +71,36 @@ fn strategy_formulas_against_a_fixed_vector_set() {
             vec![2, 1, 2, 1, 1, 2, 1, 2],
         ),
         (
+            "also around a full hour",
+            SoonestReset,
+            vec![
+                with(ends(1, 0.0, 30), |account| {
+                    account.windows[0].resets_at = Some(NOW + 30 * 3_600 - 1);
+                }),
+                ends(2, 0.0, 30),
+            ],
+            vec![2, 1, 2, 1],
+        ),
+        (
             "without a running window last",
             SoonestReset,
             vec![
-                with(account(1, 0.0), |account| account.windows.clear()),
+                with(account(1, 0.0), |account| {
+                    account.windows[0].resets_at = Some(NOW);
+                }),
                 ends(2, 90.0, 160),
             ],
             vec![2; 3],
+        ),
+        (
+            "one that nobody knows is made known",
+            SoonestReset,
+            vec![
+                with(account(1, 0.0), |account| account.windows.clear()),
+                ends(2, 50.0, 160),
+                ends(3, 50.0, 170),
+            ],
+            vec![2, 1, 2, 1],
         ),
         (
             "in turns, whatever the size",
