@@ -11,21 +11,14 @@ use std::{
 
 use serde_json::Value;
 
-use crate::support::{
-    exposition::Page,
-    house::{House, events},
+use crate::{
+    runbooks::NAMES,
+    support::{
+        exposition::Page,
+        house::{House, events},
+    },
 };
 
-const RUNBOOKS: [&str; 8] = [
-    "account-login",
-    "lease-recovery",
-    "master-key-rotation",
-    "pool-exhausted",
-    "postgres",
-    "redis-loss",
-    "rollout",
-    "slow-replica",
-];
 /// Labels that the scrape puts on everything, and that of histograms.
 const SCRAPED: [&str; 4] = ["namespace", "job", "instance", "le"];
 
@@ -101,7 +94,7 @@ fn every_alert_fires_in_a_test_and_names_a_runbook() {
                 .unwrap_or_else(|| panic!("{name} has no {field}"))
                 .to_owned()
         };
-        assert!(RUNBOOKS.contains(&field("runbook").as_str()), "{name}");
+        assert!(NAMES.contains(&field("runbook").as_str()), "{name}");
         assert!(
             ["critical", "warning"].contains(&field("severity").as_str()),
             "{name}"

@@ -22,7 +22,8 @@ use crate::support::{
     wait::until,
 };
 
-const NAMES: [&str; 8] = [
+/// Every page.
+pub(crate) const NAMES: [&str; 8] = [
     "account-login",
     "lease-recovery",
     "master-key-rotation",
