@@ -153,7 +153,7 @@ pub fn lasting_port() -> io::Result<u16> {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
     // Linux gives outgoing connections 32768 and more.
-    let mut ports = std::iter::repeat_with(|| rand::random_range(20_000..32_000));
+    let mut ports = std::iter::repeat_with(|| rand::random_range(10_000..32_000));
     let mut free =
         |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok() && given.insert(*port);
     ports

@@ -47,3 +47,9 @@ async fn no_stale_owner_acts_when_a_standby_without_the_last_commits_takes_over(
     let report = briefly(Course::Promotion, 10, 14).await;
     assert_eq!(report.faults.len(), 1, "{report}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_see_nothing_of_a_new_master_key() {
+    let report = briefly(Course::Rotation, 11, 14).await;
+    assert_eq!(report.faults.values().sum::<u64>(), 9, "{report}");
+}

@@ -41,7 +41,7 @@ struct Look {
 /// If something does not start.
 pub async fn soak(binary: &Path, minutes: f64, out: &Path) -> anyhow::Result<()> {
     let dir = RunDir::make("soak")?;
-    let fake = Fake::start(dir.path(), &["--lean"]).await?;
+    let fake = Fake::start(dir.path(), &[]).await?;
     let settings = [("DRAWBRIDGE_MAX_SESSIONS", "300")];
     let drawbridge = Drawbridge::with(binary, dir.path(), &fake, "drawbridge", &settings).await?;
     drawbridge.import(&fake, &["alice", "bob", "carol"]).await?;

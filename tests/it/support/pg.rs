@@ -6,7 +6,6 @@
 
 use std::fs::Permissions;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -168,15 +167,9 @@ pub(crate) async fn connect(url: &str) -> Client {
     client
 }
 
-/// A port of 127.0.0.1 that was free a moment ago, below those that the kernel gives to outgoing connections: whoever listens there finds
-/// it free again after a restart.
+/// A free port of 127.0.0.1 that nobody else is given: whoever listens there finds it free again after a restart.
 pub(crate) fn free_port() -> u16 {
-    loop {
-        let port = rand::random_range(10_000..32_768);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
+    loadtest::process::lasting_port().unwrap()
 }
 
 /// Runs a script of the shell that goes on when this process has ended, in whatever way, and learns of that by the end of its
