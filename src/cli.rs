@@ -358,7 +358,12 @@ fn create_keys(path: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let folder = path.parent().context("the data directory")?;
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    fs::create_dir_all(folder).with_context(|| {
+        format!(
+            "cannot create {}: set DRAWBRIDGE_DATA_DIR to where the embedded Postgres may keep its data, or DRAWBRIDGE_DATABASE_URL to a Postgres of yours",
+            folder.display()
+        )
+    })?;
     // Written beside and linked into place: nobody ever reads half a key, and an existing one is never replaced.
     let draft = folder.join(format!("master.key.{}", std::process::id()));
     let mut file = fs::OpenOptions::new()

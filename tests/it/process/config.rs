@@ -138,3 +138,13 @@ async fn a_port_that_is_taken_names_its_setting() {
         assert_eq!(home.postmaster(), None);
     }
 }
+
+#[tokio::test]
+async fn a_data_directory_that_cannot_be_made_names_the_settings_that_help() {
+    let home = Home::new().await.set("DRAWBRIDGE_DATA_DIR", "/dev/null/d");
+    let said = home.run(&["serve"]).await;
+    assert_ne!(said.code, Some(0));
+    for name in ["DRAWBRIDGE_DATA_DIR", "DRAWBRIDGE_DATABASE_URL"] {
+        assert!(said.err.contains(name), "{}", said.err);
+    }
+}
