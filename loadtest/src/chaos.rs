@@ -46,6 +46,8 @@ use crate::{
 const QUIET: Duration = Duration::from_secs(120);
 /// For how long nothing may be unfinished until that is believed.
 const STILL: Duration = Duration::from_secs(4);
+/// How long Postgres stays away in a drill.
+const OUTAGE: Duration = Duration::from_secs(30);
 /// Keys, each of a scope of its own.
 const KEYS: [&str; 2] = ["one", "other"];
 
@@ -213,7 +215,7 @@ async fn strike(options: &Options, fleet: &Arc<Fleet>) -> anyhow::Result<()> {
         Course::Random => at_random(options, fleet).await?,
         Course::Rolling => drill::rolling(fleet, until).await?,
         Course::Rotation => drill::rotation(fleet).await?,
-        Course::Outage => drill::outage(fleet, options.length / 2).await?,
+        Course::Outage => drill::outage(fleet, OUTAGE.min(options.length / 2)).await?,
         Course::Promotion => drill::promotion(fleet).await?,
     }
     sleep_until(until).await;
