@@ -6,6 +6,14 @@
     reason = "the commands talk to people"
 )]
 
+/// Prints a line. Who reads no further, as `head` does, has read enough: the command goes on.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stdout().lock(), $($text)*));
+    }};
+}
+
 mod accounts;
 mod doctor;
 mod explain;
@@ -138,9 +146,9 @@ impl Cli {
                     return Err(BadConfiguration(vec!["unknown settings".into()]).into());
                 }
                 if self.json {
-                    println!("{}", serde_json::to_string(&config)?);
+                    say!("{}", serde_json::to_string(&config)?);
                 } else {
-                    println!("{config:#?}");
+                    say!("{config:#?}");
                 }
             }
             Command::Serve => {
@@ -195,7 +203,7 @@ impl Cli {
                 let data = Data::open(&config).await?;
                 let applied = migrate(&data.direct).await?;
                 data.close().await;
-                println!(
+                say!(
                     "{}",
                     if self.json {
                         format!("{{\"applied\":{applied}}}")

@@ -290,7 +290,7 @@ fn print(
     value: &impl Serialize,
     text: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
-    println!(
+    say!(
         "{}",
         if context.json {
             serde_json::to_string(value)?

@@ -127,11 +127,9 @@ pub(super) async fn run(
         .max()
         .unwrap_or(Verdict::Ok);
     if as_json {
-        println!("{}", json!({ "verdict": worst, "findings": found }));
+        say!("{}", json!({ "verdict": worst, "findings": found }));
     } else {
-        found
-            .iter()
-            .for_each(|finding| println!("{}", line(finding)));
+        found.iter().for_each(|finding| say!("{}", line(finding)));
     }
     Ok(if worst == Verdict::Fail {
         ExitCode::FAILURE

@@ -44,7 +44,7 @@ pub(super) async fn run(id: TurnId, context: &Context) -> anyhow::Result<()> {
     };
     if context.json {
         let Record { turn, requests } = record;
-        println!(
+        say!(
             "{}",
             json!({"turn": turn, "requests": requests, "lease": lease, "snapshot": snapshot})
         );
@@ -60,7 +60,7 @@ pub(super) async fn run(id: TurnId, context: &Context) -> anyhow::Result<()> {
         names.extend(names.get(&to).cloned().map(|name| (from, name)));
     }
     let names = Names(names);
-    println!("{}", text(&record, lease.as_ref(), snapshot, &names));
+    say!("{}", text(&record, lease.as_ref(), snapshot, &names));
     Ok(())
 }
 

@@ -158,10 +158,10 @@ pub(super) async fn run(command: KeysCommand, context: &Context) -> anyhow::Resu
             }
             let key = api_key::grant(db, api_key::find(db, &id).await?, &change).await?;
             if context.json {
-                println!("{}", json!(key));
+                say!("{}", json!(key));
             } else {
                 let grants = told(&key.grants, &names(listed));
-                println!("key {} ({}) now has: {grants}", key.id, key.name);
+                say!("key {} ({}) now has: {grants}", key.id, key.name);
             }
         }
         KeysCommand::Rotate { id, quiet } => {
@@ -173,7 +173,7 @@ pub(super) async fn run(command: KeysCommand, context: &Context) -> anyhow::Resu
         KeysCommand::List => {
             let keys = api_key::list(db).await?;
             if context.json {
-                println!("{}", json!(keys));
+                say!("{}", json!(keys));
             } else {
                 print_table(
                     &keys,
@@ -185,9 +185,9 @@ pub(super) async fn run(command: KeysCommand, context: &Context) -> anyhow::Resu
         KeysCommand::Revoke { id } => {
             let key = api_key::revoke(db, api_key::find(db, &id).await?).await?;
             if context.json {
-                println!("{}", json!(key));
+                say!("{}", json!(key));
             } else {
-                println!("key {} ({}) is revoked", key.id, key.name);
+                say!("key {} ({}) is revoked", key.id, key.name);
             }
         }
     }
@@ -199,13 +199,14 @@ fn print_secret(Created { key, secret }: &Created, as_json: bool, quiet: bool) {
     if as_json {
         let mut shown = json!(key);
         shown["key"] = json!(secret);
-        println!("{shown}");
+        say!("{shown}");
     } else if quiet {
-        println!("{secret}");
+        say!("{secret}");
     } else {
-        println!(
+        say!(
             "key {} ({}), shown this once:\n\n    {secret}\n",
-            key.id, key.name
+            key.id,
+            key.name
         );
     }
 }
@@ -269,12 +270,17 @@ fn print_table(keys: &[Listed], names: &HashMap<AccountId, String>, now: Timesta
     };
     let width = keys.iter().map(|key| key.name.chars().count()).max();
     let width = width.unwrap_or_default().max("NAME".len());
-    println!(
+    say!(
         "{:<36}  {:<10}  {:<7}  {:<16}  {:<16}  {:<width$}  MAY USE AND SEE",
-        "ID", "KEY", "STATUS", "EXPIRES (UTC)", "LAST USED (UTC)", "NAME"
+        "ID",
+        "KEY",
+        "STATUS",
+        "EXPIRES (UTC)",
+        "LAST USED (UTC)",
+        "NAME"
     );
     for key in keys {
-        println!(
+        say!(
             "{:<36}  {:<10}  {:<7}  {:<16}  {:<16}  {:<width$}  {}",
             key.id.to_string(),
             key.prefix,

@@ -71,7 +71,7 @@ pub(super) async fn run(command: LeasesCommand, context: &Context) -> anyhow::Re
             (value, released(&before))
         }
     };
-    println!(
+    say!(
         "{}",
         if context.json {
             value.to_string()

@@ -40,10 +40,10 @@ pub(super) async fn run(name: Option<&str>, context: &Context) -> anyhow::Result
         reports.push(report(account, known, windows, blocks, polls, now));
     }
     if context.json {
-        println!("{}", serde_json::to_string(&reports)?);
+        say!("{}", serde_json::to_string(&reports)?);
     } else {
         let texts: Vec<String> = reports.iter().map(|report| text(report, now)).collect();
-        println!("{}", texts.join("\n\n"));
+        say!("{}", texts.join("\n\n"));
     }
     Ok(())
 }

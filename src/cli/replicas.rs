@@ -25,7 +25,7 @@ pub(super) async fn run(
     let ReplicasCommand::List = command;
     let replicas = replica::list(&context.db, timing).await?;
     if context.json {
-        println!("{}", json!(replicas));
+        say!("{}", json!(replicas));
     } else {
         print_table(&replicas);
     }
@@ -33,12 +33,16 @@ pub(super) async fn run(
 }
 
 fn print_table(replicas: &[Listed]) {
-    println!(
+    say!(
         "{:<36}  {:<8}  {:<16}  {:>9}  {:<28}  NAME",
-        "BOOT", "STATE", "STARTED (UTC)", "HEARTBEAT", "ENDPOINT"
+        "BOOT",
+        "STATE",
+        "STARTED (UTC)",
+        "HEARTBEAT",
+        "ENDPOINT"
     );
     for replica in replicas {
-        println!(
+        say!(
             "{:<36}  {:<8}  {:<16}  {:>7.1} s  {:<28}  {}",
             replica.boot_id.to_string(),
             replica.state,

@@ -99,9 +99,9 @@ async fn brought_back(logins: &Logins, begun: &Begun, json: bool) -> anyhow::Res
                 error @ (Error::NoCallback | Error::OtherLogin | Error::Busy | Error::Upstream(_)),
             ) if logins.status(begun.id).await?.status == Standing::Pending => {
                 if json {
-                    println!("{}", json!({ "error": error.to_string() }));
+                    say!("{}", json!({ "error": error.to_string() }));
                 } else {
-                    println!("{error}");
+                    say!("{error}");
                 }
             }
             Err(error) => return Err(error.into()),

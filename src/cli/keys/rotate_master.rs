@@ -84,7 +84,7 @@ pub(super) async fn run(dry_run: bool, context: &Context) -> anyhow::Result<()> 
     let retiring = retiring(ring, &columns, &replicas, db.clock().now());
     if *json {
         let keys = json!({ "current": ring.current_id(), "dry_run": dry_run, "behind": behind, "columns": columns, "others": retiring });
-        println!("{keys}");
+        say!("{keys}");
     } else {
         print(ring, &columns, &retiring, &behind);
     }
@@ -183,7 +183,7 @@ fn retiring(
 }
 
 fn print(ring: &KeyRing, columns: &[Column], retiring: &[Retiring], behind: &[String]) {
-    println!("{:<36}  {:>9}  SEALED UNDER", "COLUMN", "SEALED NOW");
+    say!("{:<36}  {:>9}  SEALED UNDER", "COLUMN", "SEALED NOW");
     for column in columns {
         let done = column
             .done
@@ -194,7 +194,7 @@ fn print(ring: &KeyRing, columns: &[Column], retiring: &[Retiring], behind: &[St
             .map(|(key, count)| format!("{key}: {count}"))
             .collect();
         let name = format!("{}.{}", column.table, column.column);
-        println!(
+        say!(
             "{name:<36}  {done:>10}  {}",
             if values.is_empty() {
                 "-".to_owned()
@@ -203,12 +203,12 @@ fn print(ring: &KeyRing, columns: &[Column], retiring: &[Retiring], behind: &[St
             }
         );
     }
-    println!("\n{} seals.", ring.current_id());
+    say!("\n{} seals.", ring.current_id());
     for key in retiring {
-        println!("{}", told(key));
+        say!("{}", told(key));
     }
     for replica in behind {
-        println!("{replica}.");
+        say!("{replica}.");
     }
 }
 

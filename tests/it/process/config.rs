@@ -148,3 +148,13 @@ async fn a_data_directory_that_cannot_be_made_names_the_settings_that_help() {
         assert!(said.err.contains(name), "{}", said.err);
     }
 }
+
+#[tokio::test]
+async fn a_command_whose_reader_leaves_ends_as_if_it_had_read_all() {
+    let mut command = Home::new().await.command(&["config"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = command.stdout(writer).output().await.unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success() && said.is_empty(), "{said}");
+}
