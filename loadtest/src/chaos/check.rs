@@ -61,12 +61,17 @@ pub(super) fn check(history: &History) -> Vec<Violation> {
 }
 
 /// Whoever talks sees nothing of what is done to the fleet: every call is answered, and reaches upstream once. A socket that is closed between
-/// two turns is no error: its client opens another.
+/// two turns is no error: its client opens another. Nor is what Codex is told so that it sends everything again, which it does without a word.
 #[must_use]
 pub(super) fn unseen(history: &History) -> Vec<Violation> {
     let calls = history.calls.iter().filter(|call| !call.intrudes);
     let failed = calls.filter_map(|call| match &call.end {
         End::Completed { .. } | End::Left => None,
+        End::Failed { code, .. }
+            if call.style == Style::CodexSocket && code == "previous_response_not_found" =>
+        {
+            None
+        }
         end => Some(violation(
             "visible",
             format!("{} ({:?}): {end:?}", call.tag, call.style),
@@ -249,7 +254,14 @@ fn remembered(paths: &Paths<'_>) -> Vec<Violation> {
             };
             paths.met(&path, |what| unseats(what, &path))
         };
-        let excused = unbooked || (told && moved());
+        // Who left before the end came back while that turn still ran, and was served beside its session.
+        let crowded = || {
+            let mut calls = history.calls.iter();
+            since.is_some_and(|parent| {
+                calls.any(|call| call.tag == parent.tag && matches!(call.end, End::Left))
+            })
+        };
+        let excused = unbooked || (told && (moved() || crowded()));
         if !excused {
             let what = format!(
                 "{code} for {} after {:?}, which was complete at {:?}, at {}..{}",
