@@ -30,6 +30,17 @@ fn limits_of(response: &reqwest::Response) -> Vec<String> {
     names
 }
 
+/// Waits until what a turn has told is what clients are told.
+async fn known(house: &House) {
+    until("the pool's limits are known", async || {
+        let usage = house.http.get(house.url("/api/codex/usage"));
+        let usage = usage.bearer_auth(house.key()).send().await.unwrap();
+        let usage: Value = usage.json().await.unwrap();
+        usage["rate_limit"]["primary_window"].is_object()
+    })
+    .await;
+}
+
 fn quota(sections: &[Section]) -> Grants {
     Grants {
         quota: Some(sections.to_vec()),
@@ -111,6 +122,9 @@ async fn headers_and_documents_show_the_sections_of_the_key() {
         })
         .await;
         events(house.codex_turn("warm-up", "warm-up", "hi").await).await;
+        if !hide_quota {
+            known(&house).await;
+        }
         let mut shown = 0;
         for (grants, header_names, whole) in [
             (
