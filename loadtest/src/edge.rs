@@ -139,7 +139,9 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
         // Without a listener the kernel refuses, as it would for a process that is gone.
         let refuses = *line.mode.borrow_and_update() == Mode::Refuse;
         if refuses {
-            listener = None;
+            for here in listener.take().into_iter().flat_map(queued) {
+                tokio::spawn(line.clone().serve(here));
+            }
         } else if listener.is_none() {
             listener = TcpListener::bind(address).await.ok();
         }
@@ -162,6 +164,19 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
             }
         }
     }
+}
+
+/// The connections that exist for their clients already: the kernel would reset them with the listener.
+fn queued(listener: TcpListener) -> Vec<TcpStream> {
+    let Ok(listener) = listener.into_std() else {
+        return Vec::new();
+    };
+    let accepted = std::iter::from_fn(|| listener.accept().ok());
+    let accepted = accepted.filter_map(|(here, _)| {
+        here.set_nonblocking(true).ok()?;
+        TcpStream::from_std(here).ok()
+    });
+    accepted.collect()
 }
 
 impl Line {
@@ -279,6 +294,24 @@ mod tests {
             names.push(byte(&mut socket).await.unwrap());
         }
         assert_eq!(names, *b"abaaba");
+    }
+
+    #[tokio::test]
+    async fn a_connection_from_before_it_refused_is_served() {
+        let edge = Edge::before(&[echo(b'a').await], 0).await;
+        for _ in 0..20 {
+            edge.open().await;
+            // Nothing else runs on this thread until it is asked: the connections wait in the listener's queue.
+            let early: Vec<_> = (0..5)
+                .map(|_| std::net::TcpStream::connect(edge.address).unwrap())
+                .collect();
+            edge.set(Mode::Refuse);
+            for early in early {
+                early.set_nonblocking(true).unwrap();
+                let mut early = TcpStream::from_std(early).unwrap();
+                assert_eq!(byte(&mut early).await.unwrap(), b'a');
+            }
+        }
     }
 
     #[tokio::test]

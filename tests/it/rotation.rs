@@ -384,7 +384,7 @@ async fn keys_rotate_over_three_replicas_under_load_without_an_error() {
         // Not at a tenth of the times: the load is not to be taken for an outage.
         settings: &[
             ("DRAWBRIDGE_TEST_TIME_SCALE", "1"),
-            ("DRAWBRIDGE_DRAIN_DELAY", "300ms"),
+            ("DRAWBRIDGE_DRAIN_DELAY", "1s"),
         ],
         ..Plan::default()
     };

@@ -184,7 +184,7 @@ async fn running_clis_notice_nothing_of_a_rolling_restart() {
     let mut cluster = Cluster::start(Plan {
         replicas: 3,
         accounts: &["alice", "bob"],
-        settings: &[("DRAWBRIDGE_DRAIN_DELAY", "300ms")],
+        settings: &[("DRAWBRIDGE_DRAIN_DELAY", "1s")],
         ..Plan::default()
     })
     .await;
