@@ -182,7 +182,7 @@ fn every_file_says_what_it_is_for_and_is_no_longer_than_it_should_be() {
 }
 
 /// Every file under `src`, with its path below it.
-fn sources() -> Vec<(PathBuf, String)> {
+pub(crate) fn sources() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut folders = vec![root.clone()];
     let mut files = Vec::new();

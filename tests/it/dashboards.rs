@@ -5,13 +5,14 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
 use serde_json::Value;
 
 use crate::{
+    architecture,
     runbooks::NAMES,
     support::{
         exposition::Page,
@@ -59,7 +60,7 @@ async fn every_metric_that_is_asked_for_is_exported_with_its_labels() {
     assert!(found > 100, "{found}: the expressions were not understood");
 
     // And what the program counts anywhere is in the table, so that it is described and there from the start.
-    for (path, text) in sources() {
+    for (path, text) in architecture::sources() {
         for (at, _) in text.match_indices("\"drawbridge_") {
             let name = text[at + 1..].split('"').next().unwrap();
             let metric = |c: char| c.is_ascii_lowercase() || c == '_';
@@ -248,23 +249,6 @@ fn labels_of(page: &Page, name: &str) -> BTreeSet<String> {
     samples
         .flat_map(|(_, labels, _)| labels.keys().cloned())
         .collect()
-}
-
-fn sources() -> Vec<(PathBuf, String)> {
-    let mut folders = vec![root().join("src")];
-    let mut files = Vec::new();
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                let text = fs::read_to_string(&path).unwrap();
-                files.push((path, text));
-            }
-        }
-    }
-    files
 }
 
 fn root() -> &'static Path {

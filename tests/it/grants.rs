@@ -5,6 +5,7 @@ use std::time::Duration;
 use drawbridge::{
     api_key::{self, ApiKeys, Change, Grant, Grants},
     bus::Bus,
+    config::Config,
     protocol::limits::Section,
     task::Tasks,
 };
@@ -30,15 +31,26 @@ fn limits_of(response: &reqwest::Response) -> Vec<String> {
     names
 }
 
-/// Waits until what a turn has told is what clients are told.
-async fn known(house: &House) {
+/// A house whose clients are told, unless it hides them, the limits that a turn has brought.
+async fn warmed_up(hide_quota: bool) -> House {
+    let settings: fn(&mut Config) = match hide_quota {
+        true => |config| config.hide_quota = true,
+        false => |_| {},
+    };
+    let plan = Plan {
+        settings,
+        ..Plan::default()
+    };
+    let house = House::planned(plan).await;
+    events(house.codex_turn("warm-up", "warm-up", "hi").await).await;
     until("the pool's limits are known", async || {
         let usage = house.http.get(house.url("/api/codex/usage"));
         let usage = usage.bearer_auth(house.key()).send().await.unwrap();
         let usage: Value = usage.json().await.unwrap();
-        usage["rate_limit"]["primary_window"].is_object()
+        hide_quota || usage["rate_limit"]["primary_window"].is_object()
     })
     .await;
+    house
 }
 
 fn quota(sections: &[Section]) -> Grants {
@@ -112,19 +124,7 @@ async fn a_key_uses_its_models_alone() {
 async fn headers_and_documents_show_the_sections_of_the_key() {
     use Section::{Limits, Pool};
     for hide_quota in [false, true] {
-        let house = House::planned(Plan {
-            settings: if hide_quota {
-                |config| config.hide_quota = true
-            } else {
-                |_| {}
-            },
-            ..Plan::default()
-        })
-        .await;
-        events(house.codex_turn("warm-up", "warm-up", "hi").await).await;
-        if !hide_quota {
-            known(&house).await;
-        }
+        let house = warmed_up(hide_quota).await;
         let mut shown = 0;
         for (grants, header_names, whole) in [
             (
@@ -163,16 +163,7 @@ async fn headers_and_documents_show_the_sections_of_the_key() {
 async fn events_and_refusals_show_the_sections_of_the_key() {
     use Section::{Limits, Pool};
     for hide_quota in [false, true] {
-        let house = House::planned(Plan {
-            settings: if hide_quota {
-                |config| config.hide_quota = true
-            } else {
-                |_| {}
-            },
-            ..Plan::default()
-        })
-        .await;
-        events(house.codex_turn("warm-up", "warm-up", "hi").await).await;
+        let house = warmed_up(hide_quota).await;
         let mut cases = Vec::new();
         for sections in [&[Pool, Limits][..], &[Pool], &[Limits], &[]] {
             let key = house.another_key("seer", quota(sections)).await;

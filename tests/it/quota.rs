@@ -117,7 +117,7 @@ impl Replica {
     }
 }
 
-fn weekly(used_percent: f64) -> Observation {
+pub(crate) fn weekly(used_percent: f64) -> Observation {
     Observation {
         windows: vec![WindowSample {
             window: Window::Weekly,

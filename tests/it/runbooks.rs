@@ -14,12 +14,15 @@ use std::{collections::BTreeSet, fs, path::Path};
 use reqwest::Response;
 use serde_json::{Value, json};
 
-use crate::support::{
-    cluster::{Answer, Cluster, Plan, script},
-    exposition::Page,
-    house::House,
-    runbook::{Runbook, pages},
-    wait::until,
+use crate::{
+    architecture,
+    support::{
+        cluster::{Answer, Cluster, Plan, script},
+        exposition::Page,
+        house::House,
+        runbook::{Runbook, pages},
+        wait::until,
+    },
 };
 
 /// Every page.
@@ -115,23 +118,12 @@ fn quoted(text: &str) -> BTreeSet<&str> {
 
 /// Every source of the program in one text, each line break and what surrounds it one space.
 fn sources() -> String {
-    fn add(folder: &Path, text: &mut String) {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                add(&path, text);
-            } else {
-                text.push_str(&fs::read_to_string(path).unwrap_or_default());
-            }
-        }
-    }
-    let mut text = String::new();
-    for folder in ["src", "migrations"] {
-        add(
-            &Path::new(env!("CARGO_MANIFEST_DIR")).join(folder),
-            &mut text,
-        );
-    }
+    let migrations = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations"));
+    let migrations = migrations
+        .unwrap()
+        .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap());
+    let sources = architecture::sources().into_iter().map(|(_, text)| text);
+    let text: String = sources.chain(migrations).collect();
     text.replace("\\\n", " ")
         .split_whitespace()
         .collect::<Vec<_>>()

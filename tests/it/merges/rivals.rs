@@ -7,11 +7,12 @@ use drawbridge::{
         flow::{Method, NewFlow},
     },
     db::{Class, Connection, Stmt},
-    protocol::limits::{Family, Observation, Window, WindowSample},
+    protocol::limits::Family,
     quota::Source,
 };
 
 use super::*;
+use crate::quota::weekly;
 
 impl Pool {
     /// Does something that does not end before [`Pool::release`].
@@ -59,18 +60,6 @@ impl Pool {
         let held = self.accounts.claim_flow(flow.id, Duration::from_secs(60));
         let held = held.await.unwrap().unwrap();
         self.accounts.finish_flow(&held, &login(who)).await
-    }
-}
-
-fn observed(used_percent: f64) -> Observation {
-    Observation {
-        windows: vec![WindowSample {
-            window: Window::Weekly,
-            used_percent,
-            window_minutes: 10_080,
-            resets_at: None,
-        }],
-        ..Observation::default()
     }
 }
 
@@ -189,9 +178,9 @@ async fn limits_that_wait_for_their_account_hold_nothing_that_a_merge_would_wait
     let pool = Pool::new().await;
     let id = pool.login("w/u/e").await.id;
     let quota = Quota::read(&pool.store.another()).await.unwrap();
-    quota.observe(id, &observed(40.0), Instant::now(), Source::Header);
+    quota.observe(id, &weekly(40.0), Instant::now(), Source::Header);
     quota.flush().await;
-    quota.observe(id, &observed(50.0), Instant::now(), Source::Header);
+    quota.observe(id, &weekly(50.0), Instant::now(), Source::Header);
     quota.block(id, &Family::CODEX, None, "a first block");
     // As a merge or a deletion.
     pool.hold("select from accounts for update").await;
