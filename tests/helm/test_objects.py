@@ -136,6 +136,7 @@ def test_annotations_of_the_ingress_can_be_replaced():
     found = only(render(merge(REQUIRED, {"ingress": ingress})), "Ingress")["metadata"]["annotations"]
     assert found["nginx.ingress.kubernetes.io/proxy-body-size"] == "8m"
     assert found["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+    assert found["nginx.ingress.kubernetes.io/proxy-buffer-size"] == "64k"
     other = only(render(merge(REQUIRED, {"ingress": ingress | {"controller": "other"}})), "Ingress")
     assert other["metadata"]["annotations"] == given
 
