@@ -17,13 +17,13 @@ demo:
 
 ## test: formatting, lints, documentation and every test, with real Postgres, PgBouncer, Redis and the Codex CLI
 test: check rules chart
-	@scripts/install-tools postgres pgbouncer redis codex promtool
+	@scripts/install-tools postgres pgbouncer redis codex promtool curl procps
 	$(CARGO) test --workspace --quiet
 	@$(MAKE) --no-print-directory deploy
 
 ## deploy: what deploy/ and .github/ say, proved by nginx, Postgres, PgBouncer, Redis and the linters of their formats
 deploy:
-	@scripts/install-tools postgres pgbouncer redis nginx codex deploy
+	@scripts/install-tools postgres pgbouncer redis nginx codex systemd deploy
 	$(CARGO) build --quiet --workspace
 	@.tools/deploy/bin/python -m pytest --quiet -p no:cacheprovider tests/deploy
 
