@@ -117,11 +117,11 @@ fn loads(dir: &Path, text: &str) -> anyhow::Result<String> {
             };
             writeln!(
                 page,
-                "| {what} | {}, {label} | {:.0} us | {}, {} MiB | {} | {:.1}, {:.1} ms | {hop} |",
+                "| {what} | {}, {label} | {:.0} us | {:.0}, {:.0} MiB | {} | {:.1}, {:.1} ms | {hop} |",
                 one.target,
                 one.cpu_us_per_turn,
-                one.rss_before_kib >> 10,
-                one.rss_peak_kib >> 10,
+                mib(one.rss_before_kib),
+                mib(one.rss_peak_kib),
                 report.turns,
                 millis(report.ttft.p50),
                 millis(report.ttft.p99),
@@ -165,7 +165,6 @@ fn memory(measured: &[Measured], idle: &Value) -> anyhow::Result<String> {
     let mut page = String::new();
     if let Some(many) = ours("many") {
         let streams: u64 = many.loads.values().map(|report| report.turns).sum();
-        let mib = |kib: u64| kib as f64 / 1024.0;
         write!(
             page,
             "\nWith {streams} streams at once Drawbridge had {:.0} MiB, {:.0} MiB more than before them: {:.1} MiB for 1,000.",
@@ -258,4 +257,8 @@ fn broken(dir: &Path) -> anyhow::Result<String> {
 #[expect(clippy::cast_precision_loss, reason = "microseconds of one run")]
 fn millis(micros: u64) -> f64 {
     micros as f64 / 1e3
+}
+/// Of KiB.
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
 }
