@@ -5,7 +5,6 @@
 use std::{
     collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
-    time::{Duration, Instant},
 };
 
 use drawbridge::{
@@ -21,10 +20,12 @@ use tokio::process::Command;
 use tokio_postgres::Client;
 
 use super::{
+    exposition::Page,
     pg::{self, TestDb},
     pgbouncer::PgBouncer,
     process::{Home, Service},
     redis::RedisServer,
+    wait::until,
 };
 
 /// What a cluster is made of.
@@ -207,24 +208,17 @@ impl Cluster {
         replica.peers.open().await;
     }
 
-    /// Returns when every living replica has met every other.
+    /// Returns when every replica has met every other.
     async fn acquainted(&self) {
-        let beats = "select count(*) filter (where dead_at is null and expires_at > clock_timestamp()) from bridge_replicas";
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            let row = self.client.query_one(beats, &[]).await.unwrap();
-            let living = self
-                .replicas
-                .iter()
-                .filter(|replica| replica.service.is_some());
-            if usize::try_from(row.get::<_, i64>(0)).unwrap() == living.count() {
-                break;
-            }
-            assert!(Instant::now() < deadline, "not all replicas beat");
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        let others = self.replicas.len() - 1;
+        for number in 0..self.replicas.len() {
+            let service = self.service(number);
+            until("a replica knows its peers", async || {
+                let page = Page::of(&service.http, &service.admin).await;
+                page.sum("drawbridge_peers_alive", &[]) == others as f64
+            })
+            .await;
         }
-        // Peers are read with each heartbeat.
-        tokio::time::sleep(Duration::from_millis(400)).await;
     }
 
     /// `kill -9`.
