@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_compression::tokio::bufread::{GzipDecoder, ZstdDecoder};
 use axum::body::Body;
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, header};
 use tokio::{
@@ -112,7 +112,10 @@ async fn decoded(
             room += more;
             body.reserve(more);
         }
-        match timeout(CHUNK_TIME, decoder.read_buf(&mut body))
+        // No further than what was taken: its room is larger.
+        let more = room - body.len();
+        let mut within = (&mut body).limit(more);
+        match timeout(CHUNK_TIME, decoder.read_buf(&mut within))
             .await
             .map_err(|_| cut())?
         {
@@ -126,7 +129,6 @@ async fn decoded(
                 ));
             }
         }
-        room = room.max(body.len());
     }
     Ok((body.freeze(), held))
 }
@@ -149,15 +151,17 @@ fn reader(
     StreamReader::new(Box::pin(bounded))
 }
 
-pub(super) fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
-    let full = || {
-        telemetry::limit_rejected("memory");
-        ApiError::new(
-            Code::Overloaded,
-            "This replica is holding as many request bodies as it may; try again shortly.",
-        )
-    };
+fn take(budget: &Budget, bytes: usize) -> Result<Held, ApiError> {
     budget.take(bytes).ok_or_else(full)
+}
+
+/// There is no room in the budget.
+pub(super) fn full() -> ApiError {
+    telemetry::limit_rejected("memory");
+    ApiError::new(
+        Code::Overloaded,
+        "This replica is holding as many request bodies as it may; try again shortly.",
+    )
 }
 
 fn too_large() -> ApiError {
@@ -192,6 +196,20 @@ mod tests {
             "everything taken is given back"
         );
         result
+    }
+
+    #[tokio::test]
+    async fn a_decoded_body_is_held_for_what_it_is() {
+        let text = vec![b' '; 30 << 20];
+        let mut packed = Vec::new();
+        let mut encoder = async_compression::tokio::bufread::ZstdEncoder::new(&text[..]);
+        encoder.read_to_end(&mut packed).await.unwrap();
+        let headers = [(header::CONTENT_ENCODING, HeaderValue::from_static("zstd"))];
+        let budget = Budget::default();
+        let read = read(&headers.into_iter().collect(), Body::from(packed), &budget).await;
+        let (body, _held) = read.unwrap();
+        assert_eq!(body.len(), text.len());
+        assert!((text.len()..text.len() + (2 << 20)).contains(&budget.used().0));
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 //! remembers which lease the newest one ran on.
 
 use std::{
+    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,14 +30,18 @@ use crate::{
         event::{self, Created, Kind},
         request::Shape,
     },
-    telemetry::InFlight,
-    turn::{self, Ask, Caller, End, Event, Item, Reject, Stop, Token, relay::Receiver},
+    telemetry::{self, InFlight},
+    turn::{
+        self, Ask, Caller, End, Event, Held, Inbox, Item, Reject, Stop, Token, relay::Receiver,
+    },
 };
 
 /// One message from the client; as large as a body.
 const MESSAGE_BYTES: usize = 64 << 20;
 /// Between two signs of life while the model thinks.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Of a client's ping or pong: two bytes and a mask.
+const CONTROL_HEAD: usize = 6;
 /// How long a client may take to take one frame.
 const SEND_TIME: Duration = Duration::from_secs(60);
 
@@ -85,6 +90,8 @@ async fn accept(
     // The socket outlives its request: it counts as a task and as a connection until its end.
     let counted = (state.tasks.token(), InFlight::start("ws"));
     let place = parts.extensions.get::<Place>().cloned();
+    let inbox = Inbox::new(&state.bytes);
+    let counts = inbox.clone();
     let mut response = upgrade
         .max_message_size(MESSAGE_BYTES)
         .max_frame_size(MESSAGE_BYTES)
@@ -99,12 +106,14 @@ async fn accept(
                 line: None,
                 codex: false,
                 socket,
+                inbox,
             }
             .serve()
             .await;
             drop((counted, place));
         });
     response.headers_mut().extend(pool);
+    response.extensions_mut().insert(counts);
     response
 }
 
@@ -121,6 +130,8 @@ struct Client {
     /// Whether the newest turn showed a Codex client.
     codex: bool,
     socket: WebSocket,
+    /// What has arrived of the next message.
+    inbox: Inbox,
 }
 
 /// A turn that runs on the socket.
@@ -164,9 +175,8 @@ impl Client {
                 Step::Item(item) => self.relay(&mut running, item).await,
                 Step::Message(Some(Ok(message))) => self.receive(&mut running, message).await,
                 Step::Message(Some(Err(error))) => {
-                    if is_too_large(error) {
-                        self.close(close_code::SIZE, "a message is larger than 64 MiB")
-                            .await;
+                    if let Some((code, reason)) = refused(error) {
+                        self.close(code, reason).await;
                     }
                     Err(Gone)
                 }
@@ -191,7 +201,8 @@ impl Client {
     ) -> Result<(), Gone> {
         let text = match message {
             Message::Text(text) => text,
-            Message::Binary(_) => {
+            Message::Binary(bytes) => {
+                drop(self.inbox.whole(bytes.len()));
                 return self
                     .refuse(&ApiError::new(
                         Code::InvalidRequest,
@@ -199,10 +210,14 @@ impl Client {
                     ))
                     .await;
             }
-            Message::Ping(_) | Message::Pong(_) => return Ok(()),
+            Message::Ping(bytes) | Message::Pong(bytes) => {
+                self.inbox.forget(CONTROL_HEAD + bytes.len());
+                return Ok(());
+            }
             // The reply goes out with the next read, which then ends.
             Message::Close(_) => return Ok(()),
         };
+        let held = self.inbox.whole(text.len());
         match event::event_type(text.as_bytes()).as_deref() {
             None => {
                 self.refuse(&ApiError::new(
@@ -220,7 +235,7 @@ impl Client {
                 ))
                 .await
             }
-            Some(_) => match self.create(text).await {
+            Some(_) => match self.create(text, held).await {
                 Ok(items) => {
                     *running = Some(Running {
                         items,
@@ -236,13 +251,17 @@ impl Client {
     }
 
     /// Starts the turn of one `response.create`.
-    async fn create(&mut self, text: Utf8Bytes) -> Result<Receiver<Item>, ApiError> {
+    async fn create(
+        &mut self,
+        text: Utf8Bytes,
+        held: Option<Held>,
+    ) -> Result<Receiver<Item>, ApiError> {
         let arrived = Instant::now();
+        let held = held.ok_or_else(body::full)?;
         // The key may have been revoked, or the first one made, since the handshake.
         self.caller = gate::authenticate(&self.state, self.peer, &self.headers).await?;
         let caller = self.caller.clone();
         let body = Bytes::from(text);
-        let held = body::take(&self.state.bytes, body.len())?;
         let request = responses::parse(&self.state, body, Shape::Frame, &self.headers).await?;
         responses::admit(&caller, &request.facts)?;
         let route = match self.dialect {
@@ -424,7 +443,19 @@ async fn keepalive_due(due: Option<Deadline>) {
     }
 }
 
-fn is_too_large(error: axum::Error) -> bool {
-    let error = error.into_inner().downcast::<tungstenite::Error>();
-    error.is_ok_and(|error| matches!(*error, tungstenite::Error::Capacity(_)))
+/// How a socket is closed that has sent more than can be taken.
+fn refused(error: axum::Error) -> Option<(u16, &'static str)> {
+    match *error.into_inner().downcast::<tungstenite::Error>().ok()? {
+        tungstenite::Error::Capacity(_) => {
+            Some((close_code::SIZE, "a message is larger than 64 MiB"))
+        }
+        tungstenite::Error::Io(error) if error.kind() == io::ErrorKind::OutOfMemory => {
+            telemetry::limit_rejected("memory");
+            Some((
+                close_code::AGAIN,
+                "this replica is holding as many messages as it may",
+            ))
+        }
+        _ => None,
+    }
 }

@@ -1,4 +1,5 @@
-//! Gives up on clients that do not read: an answer whose turn is over must not hold its connection for ever.
+//! Gives up on clients that do not read: an answer whose turn is over must not hold its connection for ever. And on those whose messages
+//! would be more than the replica may hold: a socket tells of a message only when it is whole.
 //!
 //! While a turn runs, the turn itself decides about a slow client; a socket does so all along.
 
@@ -10,13 +11,13 @@ use std::{
     time::Duration,
 };
 
-use http::{Response, StatusCode};
+use http::Response;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, Sleep, sleep},
 };
 
-use crate::turn::{Item, relay::Watch};
+use crate::turn::{Inbox, Item, relay::Watch};
 
 /// How long a write may make no progress once nothing else watches it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -30,19 +31,26 @@ enum Carried {
     #[default]
     Answer,
     Turn(Watch<Item>),
-    Socket,
+    Socket(Inbox),
 }
 
 impl Load {
     /// Notes what the next bytes belong to.
     pub(super) fn carries<B>(&self, response: &mut Response<B>) {
-        let turn = response.extensions_mut().remove().map(Carried::Turn);
+        let extensions = response.extensions_mut();
+        let turn = extensions.remove().map(Carried::Turn);
+        let socket = extensions.remove().map(Carried::Socket);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
-            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                Carried::Socket
-            } else {
-                turn.unwrap_or_default()
-            };
+            turn.or(socket).unwrap_or_default();
+    }
+
+    /// Whether what has arrived may be kept.
+    fn admits(&self, bytes: usize) -> bool {
+        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Carried::Socket(inbox) => inbox.arrived(bytes),
+            // Bodies are counted by who reads them, piece by piece.
+            Carried::Answer | Carried::Turn(_) => true,
+        }
     }
 
     /// Whether somebody else decides how long the client is waited for.
@@ -50,7 +58,7 @@ impl Load {
         match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
             Carried::Answer => false,
             Carried::Turn(watch) => watch.is_running(),
-            Carried::Socket => true,
+            Carried::Socket(_) => true,
         }
     }
 }
@@ -110,7 +118,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        Poll::Ready(if self.load.admits(buffer.filled().len() - before) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::OutOfMemory.into())
+        })
     }
 }
 
@@ -191,7 +205,7 @@ mod tests {
         ours.write_all(b"end").await.unwrap_err();
         assert!((60..=120).contains(&before.elapsed().as_secs()));
 
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.extensions_mut().insert(Inbox::default());
         load.carries(&mut response);
         let (ours, _theirs) = duplex(1);
         let mut ours = Impatient::new(ours, load);

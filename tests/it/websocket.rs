@@ -2,11 +2,19 @@
 
 use loadtest::upstream::{Config, Fault, Kind, Stage};
 use serde_json::{Value, json};
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::{
+    Message,
+    protocol::frame::{
+        Frame,
+        coding::{Data, OpCode},
+    },
+};
 
 use crate::support::{
     codex_socket::{CodexSocket, create, id_of},
+    exposition::Page,
     house::{House, Plan, text_of},
+    wait::until,
 };
 
 const CODEX: &str = "/backend-api/codex/responses";
@@ -321,4 +329,31 @@ async fn an_http_client_may_ride_an_upstream_socket() {
     let attempts = house.upstream.attempts();
     assert_eq!(attempts[0].transport, "websocket");
     assert_eq!(attempts[0].client_turn_id.as_deref(), Some("turn-1"));
+}
+
+#[tokio::test]
+async fn a_message_is_counted_while_it_arrives() {
+    let house = House::start().await;
+    let mut socket = CodexSocket::open(&house, CODEX).await;
+    let part = |bytes: Vec<u8>, data, last| {
+        Message::Frame(Frame::message(bytes, OpCode::Data(data), last))
+    };
+    let held = async || {
+        let admin = house.server.admin_address.to_string();
+        let page = Page::of(&house.http, &admin).await;
+        page.sum("drawbridge_body_bytes", &[])
+    };
+    let most = 10 << 20;
+    let begin = part(vec![b' '; most], Data::Text, false);
+    socket.send_raw(begin).await;
+    until("what has come is counted", async || {
+        held().await > (most - (100 << 10)) as f64
+    })
+    .await;
+    let frame = create("turn-1", "one", None).to_string();
+    socket
+        .send_raw(part(frame.into_bytes(), Data::Continue, true))
+        .await;
+    assert_eq!(text_of(&socket.response().await), "echo: one..");
+    until("it is given back", async || held().await == 0.0).await;
 }
