@@ -1,6 +1,9 @@
 //! What was seen, and what that means: functions of values, without I/O.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use serde::Serialize;
@@ -306,32 +309,45 @@ pub(super) fn replicas(listed: &[Listed], keys: &[String], late: Duration) -> Ve
     } else {
         ok("versions", told.join(", "))
     };
-    let first = keys.first().map(String::as_str).unwrap_or_default();
-    let cannot = |replica: &&&Listed| {
-        let theirs = replica.master_keys.as_deref().unwrap_or_default();
-        let opens = |key: &str| keys.iter().any(|ours| ours == key);
-        !theirs.is_empty()
-            && (!theirs.iter().any(|key| key == first)
-                || !theirs.first().is_some_and(|key| opens(key)))
+    vec![beats, versions, rings(&running, keys)]
+}
+
+/// Whether everybody opens what anybody seals, which is under a ring's first key, and will when another key comes first.
+fn rings(running: &[&Listed], ours: &[String]) -> Finding {
+    let theirs = running.iter().filter_map(|replica| {
+        let keys = replica.master_keys.as_deref()?;
+        (!keys.is_empty()).then_some((replica.name.as_str(), keys))
+    });
+    let rings: Vec<(&str, &[String])> = [("this ring", ours)].into_iter().chain(theirs).collect();
+    let lacking = |wanted: &BTreeSet<&String>| {
+        let lacks = |(name, keys): &(&str, &[String])| {
+            let missing = wanted.iter().filter(|key| !keys.contains(key));
+            let missing: Vec<&str> = missing.map(|key| key.as_str()).collect();
+            (!missing.is_empty()).then(|| format!("{name} lacks {}", missing.join(", ")))
+        };
+        rings
+            .iter()
+            .filter_map(lacks)
+            .collect::<Vec<_>>()
+            .join("; ")
     };
-    let apart: Vec<&str> = running
-        .iter()
-        .filter(cannot)
-        .map(|replica| replica.name.as_str())
-        .collect();
-    let rings = if apart.is_empty() {
-        ok("rings", "every replica opens what the others seal")
-    } else {
+    let sealing = lacking(&rings.iter().filter_map(|(_, keys)| keys.first()).collect());
+    let known = lacking(&rings.iter().flat_map(|(_, keys)| *keys).collect());
+    if !sealing.is_empty() {
         fail(
             "rings",
-            format!(
-                "{} and this ring do not open what the other seals",
-                apart.join(", ")
-            ),
+            format!("{sealing}, under which others seal"),
             "give all the same master keys; add a new one behind the others first",
         )
-    };
-    vec![beats, versions, rings]
+    } else if !known.is_empty() {
+        warn(
+            "rings",
+            known,
+            "put no key first that somebody lacks; once all have the same, every replica opens what the others seal",
+        )
+    } else {
+        ok("rings", "every replica opens what the others seal")
+    }
 }
 
 /// Whether another replica answers at its internal URL.

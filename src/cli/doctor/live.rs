@@ -1,11 +1,12 @@
 //! One tiny real turn per transport, straight at upstream, by the code that turns use; what came is compared with [`expect`](super::expect).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use http::HeaderMap;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use super::{
     expect::{Assumption, EVERYWHERE, HTTP, Seen, WEBSOCKET},
@@ -28,6 +29,8 @@ use crate::{
     },
 };
 
+/// For one turn, and what is asked beside it.
+const TURN: Duration = Duration::from_secs(120);
 /// A parameter that SDKs send and upstream refuses before it does anything.
 const REFUSED: &str = "max_output_tokens";
 /// How upstream answers a frame that continues what it does not know.
@@ -53,7 +56,7 @@ pub(super) async fn run(
     let tasks = Tasks::new();
     let found = match Line::open(name, model, db, ring, config, &tasks).await {
         Ok((line, quota)) => {
-            let (http, socket) = (line.http().await, line.websocket().await);
+            let (http, socket) = (in_time(line.http()).await, in_time(line.websocket()).await);
             quota.flush().await;
             [
                 told("live-http", &[EVERYWHERE, HTTP], http),
@@ -69,6 +72,12 @@ pub(super) async fn run(
     };
     tasks.stop();
     found
+}
+
+/// An upstream that takes a request and then is silent is a finding too.
+async fn in_time(turn: impl Future<Output = Turn>) -> Turn {
+    let late = || anyhow!("upstream did not finish it within {} s", TURN.as_secs());
+    timeout(TURN, turn).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// A turn and what was refused beside it, or why there is none.

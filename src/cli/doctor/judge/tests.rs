@@ -270,13 +270,11 @@ fn each_value_that_is_read_has_its_verdict() {
 #[test]
 fn the_fleet_is_judged_by_what_it_says_of_itself() {
     let ours = ["k2:2".to_owned(), "k1:1".to_owned()];
-    let judge = |listed: &[Listed]| {
-        let found = replicas(listed, &ours, Duration::from_secs(7));
-        found
-            .iter()
-            .map(|finding| finding.verdict)
-            .collect::<Vec<_>>()
-    };
+    let judge = |listed: &[Listed]| judged(&ours, listed);
+    fn judged(ours: &[String], listed: &[Listed]) -> Vec<Verdict> {
+        let found = replicas(listed, ours, Duration::from_secs(7));
+        found.iter().map(|finding| finding.verdict).collect()
+    }
     let now = Some(VERSION);
     let dead = Listed {
         dead_at: Some(Timestamp::UNIX_EPOCH),
@@ -286,8 +284,13 @@ fn the_fleet_is_judged_by_what_it_says_of_itself() {
         (vec![], vec![Warn]),
         (vec![dead.clone()], vec![Warn]),
         (
-            vec![replica("r0", 1.0, now, &["k2:2"]), dead],
+            vec![replica("r0", 1.0, now, &["k2:2", "k1:1"]), dead],
             vec![Good, Good, Good],
+        ),
+        // The older key was taken away there already.
+        (
+            vec![replica("r0", 1.0, now, &["k2:2"])],
+            vec![Good, Good, Warn],
         ),
         (
             vec![replica("r0", 8.0, now, &["k2:2", "k1:1"])],
@@ -314,4 +317,11 @@ fn the_fleet_is_judged_by_what_it_says_of_itself() {
     ] {
         assert_eq!(judge(&listed), expected, "{listed:?}");
     }
+    // In the midst of a rotation: one has missed the new key, and then another one seals under it.
+    let begun = ["k1:1".to_owned(), "k2:2".to_owned()];
+    let missed = replica("r0", 1.0, now, &["k1:1"]);
+    let ahead = replica("r1", 1.0, now, &["k2:2", "k1:1"]);
+    assert_eq!(judged(&begun, std::slice::from_ref(&missed))[2], Warn);
+    assert_eq!(judged(&begun, &[missed, ahead.clone()])[2], Fail);
+    assert_eq!(judged(&begun, &[ahead])[2], Good);
 }
