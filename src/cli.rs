@@ -6,11 +6,11 @@
     reason = "the commands talk to people"
 )]
 
-/// Prints a line. Who reads no further, as `head` does, has read enough: the command goes on.
+/// Prints a line. Who reads no further, as `head` does, has read enough: the command goes on. So it does after another error, but it fails in the end.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write as _;
-        drop(writeln!(std::io::stdout().lock(), $($text)*));
+        crate::cli::said(writeln!(std::io::stdout().lock(), $($text)*));
     }};
 }
 
@@ -22,9 +22,9 @@ mod leases;
 mod quota;
 mod replicas;
 
-use std::{fmt, path::Path, process::ExitCode};
+use std::{fmt, io, path::Path, process::ExitCode, sync::OnceLock};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use secrecy::{ExposeSecret as _, SecretString};
 
@@ -35,7 +35,7 @@ use crate::{
     ids::TurnId,
     replica::Timing,
     secret::KeyRing,
-    server, telemetry,
+    server, telemetry, upstream,
 };
 
 /// Exit code of a bad configuration or a wrong master key (`EX_USAGE`).
@@ -86,7 +86,7 @@ enum Command {
     Migrate,
     /// Check the settings and print them
     Config {
-        /// Fail on unknown DRAWBRIDGE_* names
+        /// Fail on unknown DRAWBRIDGE_* names, and on keys, certificates and URLs that cannot be read
         #[arg(long)]
         strict: bool,
     },
@@ -110,6 +110,16 @@ pub struct Context {
 #[derive(Debug)]
 struct BadConfiguration(Vec<String>);
 
+impl BadConfiguration {
+    fn none(faults: Vec<String>) -> Result<(), Self> {
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(Self(faults))
+        }
+    }
+}
+
 impl fmt::Display for BadConfiguration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.join("\n"))
@@ -118,9 +128,24 @@ impl fmt::Display for BadConfiguration {
 
 impl std::error::Error for BadConfiguration {}
 
+/// Why a line was not printed, if one was not.
+static UNSAID: OnceLock<io::Error> = OnceLock::new();
+
+fn said(written: io::Result<()>) {
+    if let Err(error) = written
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        drop(UNSAID.set(error));
+    }
+}
+
 /// Runs the command line; yields the exit code.
 pub async fn run(cli: Cli) -> ExitCode {
-    match cli.dispatch().await {
+    let ended = cli.dispatch().await.and_then(|code| match UNSAID.get() {
+        None => Ok(code),
+        Some(error) => Err(anyhow!("what was done could not all be printed: {error}")),
+    });
+    match ended {
         Ok(code) => code,
         Err(error) => {
             eprintln!("drawbridge: {error:#}");
@@ -135,15 +160,23 @@ pub async fn run(cli: Cli) -> ExitCode {
 
 impl Cli {
     async fn dispatch(self) -> anyhow::Result<ExitCode> {
-        let unknown = config::unknown_names(std::env::vars());
+        let environment = std::env::vars_os().filter_map(|(name, value)| {
+            Some((
+                name.into_string().ok()?,
+                value.to_string_lossy().into_owned(),
+            ))
+        });
+        let unknown = config::unknown_names(environment);
         let config = self.settings.check().map_err(BadConfiguration)?;
         match self.command {
             Command::Config { strict } => {
-                unknown
-                    .iter()
-                    .for_each(|warning| eprintln!("drawbridge: {warning}"));
-                if strict && !unknown.is_empty() {
-                    return Err(BadConfiguration(vec!["unknown settings".into()]).into());
+                if strict {
+                    let faults = unfit(&config).into_iter().chain(unknown).collect();
+                    BadConfiguration::none(faults)?;
+                } else {
+                    unknown
+                        .iter()
+                        .for_each(|warning| eprintln!("drawbridge: {warning}"));
                 }
                 if self.json {
                     say!("{}", serde_json::to_string(&config)?);
@@ -157,6 +190,7 @@ impl Cli {
                 unknown
                     .iter()
                     .for_each(|warning| tracing::warn!("{warning}"));
+                BadConfiguration::none(unfit(&config))?;
                 return serve(config).await;
             }
             Command::Accounts(command) => {
@@ -239,17 +273,11 @@ impl Data {
                     cluster: Some(cluster),
                 })
             }
-            Database::External { pooled, direct } => {
-                let read = |name: &str, url: &SecretString| {
-                    Endpoint::parse(url.expose_secret())
-                        .map_err(|error| BadConfiguration(vec![format!("{name} {error}")]))
-                };
-                Ok(Self {
-                    pooled: read("DRAWBRIDGE_DATABASE_URL", pooled)?,
-                    direct: read("DRAWBRIDGE_DATABASE_DIRECT_URL", direct)?,
-                    cluster: None,
-                })
-            }
+            Database::External { pooled, direct } => Ok(Self {
+                pooled: endpoint("DRAWBRIDGE_DATABASE_URL", pooled)?,
+                direct: endpoint("DRAWBRIDGE_DATABASE_DIRECT_URL", direct)?,
+                cluster: None,
+            }),
         }
     }
 
@@ -260,6 +288,36 @@ impl Data {
             tracing::warn!(%error, "the embedded database");
         }
     }
+}
+
+fn endpoint(name: &str, url: &SecretString) -> Result<Endpoint, BadConfiguration> {
+    Endpoint::parse(url.expose_secret())
+        .map_err(|error| BadConfiguration(vec![format!("{name} {error}")]))
+}
+
+/// What `serve` refuses beyond the settings' form: what they name must be there, and of its own form.
+fn unfit(config: &Config) -> Vec<String> {
+    let mut faults: Vec<anyhow::Error> = Vec::new();
+    if let Database::External { pooled, direct } = &config.database {
+        faults.extend(
+            endpoint("DRAWBRIDGE_DATABASE_URL", pooled)
+                .err()
+                .map(Into::into),
+        );
+        if direct.expose_secret() != pooled.expose_secret() {
+            faults.extend(
+                endpoint("DRAWBRIDGE_DATABASE_DIRECT_URL", direct)
+                    .err()
+                    .map(Into::into),
+            );
+        }
+    }
+    // Generated ones are made by whoever needs them first.
+    if !matches!(config.master_keys, MasterKeys::Generated(_)) {
+        faults.extend(key_ring(&config.master_keys).err());
+    }
+    faults.extend(upstream::client(&config.upstream).err());
+    faults.iter().map(|fault| format!("{fault:#}")).collect()
 }
 
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {

@@ -12,6 +12,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Dura
 use redis::IntoConnectionInfo as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Serialize, Serializer};
+use tracing_subscriber::EnvFilter;
 
 use self::faults::{Faults, address, duration, url};
 use self::settings::NAMES;
@@ -269,15 +270,15 @@ impl Settings {
             faults.add("DRAWBRIDGE_DATA_DIR is not set and there is no home directory");
             PathBuf::new()
         });
-        let master_keys = match (self.master_keys, self.master_keys_file, &database) {
+        let master_keys = match (self.master_keys, &self.master_keys_file, &database) {
             (Some(_), Some(path), _) => {
                 faults.add(
                     "DRAWBRIDGE_MASTER_KEYS and DRAWBRIDGE_MASTER_KEYS_FILE are both set; keep one",
                 );
-                MasterKeys::File(path)
+                MasterKeys::File(path.clone())
             }
             (Some(text), None, _) => MasterKeys::Given(text.0),
-            (None, Some(path), _) => MasterKeys::File(path),
+            (None, Some(path), _) => MasterKeys::File(path.clone()),
             (None, None, Database::Embedded) => MasterKeys::Generated(data_dir.join("master.key")),
             (None, None, Database::External { .. }) => {
                 faults.add(
@@ -287,6 +288,19 @@ impl Settings {
                 MasterKeys::File(PathBuf::new())
             }
         };
+        let paths = [
+            ("DRAWBRIDGE_DATA_DIR", Some(&data_dir)),
+            ("DRAWBRIDGE_CA_FILE", self.ca_file.as_ref()),
+            (
+                "DRAWBRIDGE_MASTER_KEYS_FILE",
+                self.master_keys_file.as_ref(),
+            ),
+        ];
+        for (name, path) in paths {
+            if path.is_some_and(|path| path.as_os_str().is_empty()) {
+                faults.add(&format!("{name} is set but empty"));
+            }
+        }
         let internal = faults.internal(self.internal_listen, self.internal_url);
         let redis = self.redis_url.map(|url| RedisUrl(url.0));
         if redis.as_ref().is_some_and(|url| !url.is_valid()) {
@@ -294,9 +308,13 @@ impl Settings {
             faults.add("DRAWBRIDGE_REDIS_URL is not a redis:// or rediss:// URL");
         }
         let operator_token = self.operator_token.map(|token| OperatorToken(token.0));
-        let short = |token: &OperatorToken| token.0.expose_secret().len() < OPERATOR_TOKEN;
-        if operator_token.as_ref().is_some_and(short) {
-            faults.add("DRAWBRIDGE_OPERATOR_TOKEN has less than 16 characters; make one with: openssl rand -hex 32");
+        let unfit = |token: &OperatorToken| {
+            let token = token.0.expose_secret();
+            // No header could carry another.
+            token.len() < OPERATOR_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        if operator_token.as_ref().is_some_and(unfit) {
+            faults.add("DRAWBRIDGE_OPERATOR_TOKEN is not 16 or more visible ASCII characters; make one with: openssl rand -hex 32");
         }
         let config = Config {
             listen: faults.parse(
@@ -407,7 +425,13 @@ impl Settings {
                 |text| text.parse().ok().filter(|days| *days > 0),
             ),
             log: Log {
-                filter: self.log.unwrap_or_else(|| "info".into()),
+                filter: faults.parse(
+                    "DRAWBRIDGE_LOG",
+                    self.log,
+                    "info",
+                    "a filter such as info,drawbridge=debug",
+                    |text| EnvFilter::try_new(text).ok().map(|_| text.to_owned()),
+                ),
                 format: faults.parse(
                     "DRAWBRIDGE_LOG_FORMAT",
                     self.log_format,

@@ -2,7 +2,10 @@
 
 use std::{fmt, path::PathBuf};
 
-use clap::Args;
+use clap::{
+    Args,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use secrecy::SecretString;
 
 /// The settings as given. Each is a flag and an environment variable.
@@ -80,7 +83,13 @@ pub struct Settings {
     )]
     pub(super) migrate_on_start: Option<String>,
     /// Embedded cluster and generated master key [default: ~/.drawbridge, as root /var/lib/drawbridge]
-    #[arg(long, global = true, env = "DRAWBRIDGE_DATA_DIR", value_name = "DIR")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_DATA_DIR",
+        value_name = "DIR",
+        value_parser = path()
+    )]
     pub(super) data_dir: Option<PathBuf>,
     /// id:base64(32 bytes), comma separated, the current one first
     #[arg(
@@ -96,7 +105,8 @@ pub struct Settings {
         long,
         global = true,
         env = "DRAWBRIDGE_MASTER_KEYS_FILE",
-        value_name = "FILE"
+        value_name = "FILE",
+        value_parser = path()
     )]
     pub(super) master_keys_file: Option<PathBuf>,
     /// The Codex backend [default: <https://chatgpt.com/backend-api>]
@@ -111,7 +121,13 @@ pub struct Settings {
     #[arg(long, global = true, env = "DRAWBRIDGE_AUTH_URL", value_name = "URL")]
     pub(super) auth_url: Option<String>,
     /// PEM file with further roots for upstream's certificates
-    #[arg(long, global = true, env = "DRAWBRIDGE_CA_FILE", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "DRAWBRIDGE_CA_FILE",
+        value_name = "FILE",
+        value_parser = path()
+    )]
     pub(super) ca_file: Option<PathBuf>,
     /// auto, http or websocket [default: auto]
     #[arg(
@@ -241,13 +257,18 @@ pub struct Settings {
     pub(super) test_time_scale: Option<String>,
 }
 
-/// Text that does not print.
+/// Of any text: an empty one is a fault like any other.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// Text that does not print, without the line break that a file or a `Secret` may end in.
 #[derive(Clone)]
 pub(super) struct SecretText(pub(super) SecretString);
 
 impl From<&str> for SecretText {
     fn from(text: &str) -> Self {
-        Self(SecretString::from(text))
+        Self(SecretString::from(text.trim()))
     }
 }
 

@@ -1,6 +1,6 @@
 //! A bad configuration is told completely, by name, before anything starts.
 
-use std::net::TcpListener;
+use std::{ffi::OsStr, net::TcpListener, os::unix::ffi::OsStrExt as _};
 
 use drawbridge::secret::KeyRing;
 use secrecy::ExposeSecret as _;
@@ -35,6 +35,68 @@ async fn every_fault_is_told_at_once_and_nothing_is_started() {
         assert_eq!(said.out, "");
     }
     assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn what_settings_name_is_looked_at_before_anything_is_served() {
+    let home = Home::new()
+        .await
+        .set("DRAWBRIDGE_DATABASE_URL", "postgres://u:hunter2@h:port/db")
+        .set("DRAWBRIDGE_DATABASE_DIRECT_URL", "mysql://u:hunter2@h/db")
+        .set("DRAWBRIDGE_MASTER_KEYS", "k1:hunter2")
+        .set("DRAWBRIDGE_CA_FILE", "/nowhere/ca.pem");
+    for command in [&["serve"][..], &["config", "--strict"]] {
+        let said = home.run(command).await;
+        assert_eq!(said.code, BAD_CONFIGURATION, "{}", said.err);
+        for name in ["URL", "DIRECT_URL", "MASTER_KEYS", "CA_FILE"] {
+            let told = format!(
+                "DRAWBRIDGE_{}{name}",
+                if name.ends_with("URL") {
+                    "DATABASE_"
+                } else {
+                    ""
+                }
+            );
+            assert!(said.err.contains(&told), "{}", said.err);
+        }
+        assert!(!said.err.contains("hunter2"), "{}", said.err);
+    }
+    for (name, value) in [
+        ("DRAWBRIDGE_LOG", "drawbridge=loud"),
+        ("DRAWBRIDGE_CA_FILE", ""),
+        ("DRAWBRIDGE_MASTER_KEYS_FILE", ""),
+        ("DRAWBRIDGE_DATA_DIR", ""),
+        ("DRAWBRIDGE_OPERATOR_TOKEN", "sixteen visible characters"),
+    ] {
+        let said = Home::new().await.set(name, value).run(&["config"]).await;
+        assert_eq!(said.code, BAD_CONFIGURATION, "{name}: {}", said.err);
+        assert!(said.err.contains(name), "{}", said.err);
+    }
+    // As a file or a Secret holds it.
+    let token = "0123456789abcdef\n";
+    let home = Home::new().await.set("DRAWBRIDGE_OPERATOR_TOKEN", token);
+    home.ok(&["config", "--strict"]).await;
+}
+
+#[tokio::test]
+async fn what_is_not_text_in_the_environment_disturbs_nothing() {
+    let home = Home::new().await;
+    let mut command = home.command(&["config"]);
+    command.env("OLDPWD", OsStr::from_bytes(b"/home/m\xfcller"));
+    let output = command.output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[tokio::test]
+async fn a_secret_that_cannot_be_printed_is_no_success() {
+    let home = Home::new().await;
+    let mut command = home.command(&["keys", "create", "--name", "laptop", "--quiet"]);
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let printing = command.stdout(full.unwrap()).spawn().unwrap();
+    let output = printing.wait_with_output().await.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("could not all be printed"), "{told}");
 }
 
 #[tokio::test]
