@@ -476,7 +476,7 @@ impl From<Failure> for ApiError {
             },
             // Nor is one account's limit, which others may not have reached: it is told only where it cut an answer short.
             (Class::RateLimit | Class::Quota, _) => Self {
-                message: "The account that served this has reached its limit; try again.".into(),
+                message: "The account that served this cannot go on; try again.".into(),
                 ..ours
             },
             (Class::PreviousResponseNotFound, _) => ours,

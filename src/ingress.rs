@@ -93,7 +93,7 @@ pub(crate) enum Dialect {
 const CODEX: &str = "/backend-api/codex";
 
 /// Every client route.
-pub fn router(state: Arc<State>) -> Router {
+pub fn router(state: Arc<State>, probes: Router) -> Router {
     let codex = Router::new()
         .route("/responses", post(responses::codex).get(websocket::codex))
         .route("/responses/", post(responses::codex).get(websocket::codex))
@@ -128,13 +128,17 @@ pub fn router(state: Arc<State>) -> Router {
                 get(documents::settings_user),
             );
     }
-    router
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
+    with_fallbacks(router.with_state(state).merge(probes))
         .layer(middleware::from_fn(identify))
         .layer(middleware::from_fn(count))
         .layer(DefaultBodyLimit::disable())
-        .with_state(state)
+}
+
+/// Answers in the envelope of errors where there is nothing, or not by this method.
+pub fn with_fallbacks(router: Router) -> Router {
+    router
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
 }
 
 /// Counts every answer, by the template of its route.

@@ -61,7 +61,7 @@ pub async fn run(
     ring: KeyRing,
     installation: Installation,
 ) -> anyhow::Result<bool> {
-    let signals = signals()?;
+    let mut signals = signals()?;
     let client = bind("DRAWBRIDGE_LISTEN", config.listen).await?;
     let admin = bind("DRAWBRIDGE_ADMIN_LISTEN", config.admin_listen).await?;
     let internal = match &config.internal {
@@ -73,7 +73,11 @@ pub async fn run(
         admin,
         internal,
     };
-    let server = Server::start(&config, db, ring, installation, listeners).await?;
+    let server = tokio::select! {
+        server = Server::start(&config, db, ring, installation, listeners) => server?,
+        // Nothing was served yet, so nothing is left behind.
+        () = signals.next() => return Ok(true),
+    };
     welcome(&server, &config).await;
     Ok(server.until(signals, config.drain).await)
 }
@@ -221,8 +225,10 @@ impl Server {
             tasks: tasks.clone(),
             closing: phase.closing.clone(),
         });
-        let router =
-            ingress::router(Arc::clone(&state)).merge(health::router(phase.clone(), db.clone()));
+        let router = ingress::router(
+            Arc::clone(&state),
+            health::router(phase.clone(), db.clone()),
+        );
         tasks.essential(
             "clients",
             connection::accept(client, router, phase.clone(), tasks.clone()),
@@ -244,6 +250,7 @@ impl Server {
             let logins = Logins::new(&config.upstream, &accounts, &tasks)?;
             router = router.merge(operator::router(&token.0, logins));
         }
+        let router = ingress::with_fallbacks(router);
         // Whoever watches sees a long drain to its end.
         let watched = Phase {
             closing: tasks.stopping(),

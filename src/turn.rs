@@ -33,7 +33,7 @@ use tokio::{sync::Notify, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    budget::{Budget, Held},
+    budget::{Budget, Held, Inbox},
     event::Event,
     hop::{Peers, Receiving},
     registry::Sessions,

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{Path, Request, State, rejection::BytesRejection},
+    extract::{
+        Path, Request, State,
+        rejection::{BytesRejection, PathRejection},
+    },
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
@@ -30,9 +33,6 @@ pub(super) fn router(token: &SecretString, logins: Logins) -> Router {
         .route("/api/accounts/login", post(begin))
         .route("/api/accounts/login/{id}", get(status).delete(cancel))
         .route("/api/accounts/login/{id}/complete", post(complete))
-        .method_not_allowed_fallback(async || {
-            ApiError::new(Code::MethodNotAllowed, "The path has another method.")
-        })
         .layer(middleware::from_fn_with_state(token, admit))
         .with_state(logins)
 }
@@ -92,11 +92,8 @@ async fn begin(State(logins): State<Logins>, body: Body) -> Result<Response, Api
     Ok((StatusCode::CREATED, unkept(), Json(begun)).into_response())
 }
 
-async fn status(
-    State(logins): State<Logins>,
-    Path(id): Path<String>,
-) -> Result<Json<Flow>, ApiError> {
-    Ok(Json(logins.status(flow(&id)?).await?))
+async fn status(State(logins): State<Logins>, id: Id) -> Result<Json<Flow>, ApiError> {
+    Ok(Json(logins.status(flow(id)?).await?))
 }
 
 #[derive(Deserialize)]
@@ -107,18 +104,15 @@ struct Complete {
 
 async fn complete(
     State(logins): State<Logins>,
-    Path(id): Path<String>,
+    id: Id,
     body: Body,
 ) -> Result<Json<Flow>, ApiError> {
     let Complete { callback_url } = read(body)?;
-    Ok(Json(logins.complete(flow(&id)?, &callback_url).await?))
+    Ok(Json(logins.complete(flow(id)?, &callback_url).await?))
 }
 
-async fn cancel(
-    State(logins): State<Logins>,
-    Path(id): Path<String>,
-) -> Result<Json<Flow>, ApiError> {
-    Ok(Json(logins.cancel(flow(&id)?).await?))
+async fn cancel(State(logins): State<Logins>, id: Id) -> Result<Json<Flow>, ApiError> {
+    Ok(Json(logins.cancel(flow(id)?).await?))
 }
 
 /// What is shown once is kept by nobody on the way.
@@ -126,8 +120,11 @@ fn unkept() -> [(header::HeaderName, &'static str); 1] {
     [(header::CACHE_CONTROL, "no-store")]
 }
 
-fn flow(id: &str) -> Result<FlowId, ApiError> {
-    id.parse().map_err(|_| Error::Unknown.into())
+/// A login's name in the path, or text that is none.
+type Id = Result<Path<FlowId>, PathRejection>;
+
+fn flow(id: Id) -> Result<FlowId, ApiError> {
+    id.map(|Path(id)| id).map_err(|_| Error::Unknown.into())
 }
 
 /// A body, or why none came: more than two MiB, or not to its end.

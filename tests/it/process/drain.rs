@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use drawbridge::db::embedded::Cluster;
 use loadtest::upstream::{Fault, Kind, Stage};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::{net::TcpStream, time::timeout};
 
@@ -12,6 +12,7 @@ use crate::support::{
     codex_socket::create,
     house::{events, text_of},
     process::{Home, Service},
+    wait::until,
 };
 
 #[tokio::test]
@@ -141,4 +142,28 @@ async fn closed(address: &str) {
     timeout(Duration::from_secs(20), refused)
         .await
         .expect("the listener closes");
+}
+
+#[tokio::test]
+async fn a_stop_is_heard_while_the_database_keeps_the_start_waiting() {
+    let home = Home::new().await;
+    home.key("laptop").await;
+    let cluster = Cluster::open(home.path()).await.unwrap();
+    let mut client = home.connect().await;
+    let lock = client.transaction().await.unwrap();
+    lock.batch_execute("lock table bridge_replicas")
+        .await
+        .unwrap();
+    let mut starting = home.command(&["serve"]).spawn().unwrap();
+    until("it waits for the lock", async || {
+        let waiting = "select exists (select from pg_locks where not granted)";
+        lock.query_one(waiting, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let pid = i32::try_from(starting.id().unwrap()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    let ended = timeout(Duration::from_secs(30), starting.wait()).await;
+    assert_eq!(ended.unwrap().unwrap().code(), Some(0));
+    drop(lock);
+    cluster.close().await.unwrap();
 }
