@@ -2,7 +2,8 @@
 //!
 //! The truth is `bus_versions(topic, version)`, bumped by the last statement of the writing transaction ([`commit`]). `LISTEN` makes
 //! listeners hear of it at once, and Redis where LISTEN does not work; a poll underneath makes them hear of it anyway. A lost, late,
-//! repeated or forged hint changes nothing but the delay, which is at most 1 s with LISTEN or Redis and 2.5 s by poll alone.
+//! repeated or forged hint changes nothing but the delay, which is at most 1 s with LISTEN or Redis and 2.5 s by poll alone. After a
+//! failover that lost commits a version may stand for another change than before: any other version is news, and so is every topic then.
 
 mod redis;
 mod store;
@@ -67,6 +68,10 @@ const POLL_ALONE: Duration = Duration::from_millis(500);
 const LISTEN_ANEW: Duration = Duration::from_secs(60);
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
+/// For the connection that listens, and for the versions of one poll.
+const CONNECT: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// How an attempt to listen ended.
 enum Listened {
     /// Our own probe did not come back.
@@ -75,10 +80,18 @@ enum Listened {
     Lost,
 }
 
-/// The newest version seen of each topic. Clones share what was seen.
+/// What was last read of a topic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Seen {
+    version: i64,
+    /// How often it was another one than before.
+    changes: u64,
+}
+
+/// What was seen of each topic. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Bus {
-    versions: watch::Sender<[i64; Topic::ALL.len()]>,
+    topics: watch::Sender<[Seen; Topic::ALL.len()]>,
     /// Redis is connected.
     hurried: Arc<AtomicBool>,
     /// Notifications of Postgres arrive.
@@ -97,26 +110,22 @@ pub struct Hurry {
     pub redis: bool,
 }
 
-/// Hears when one topic has a version newer than the last one taken.
+/// Hears when one topic has changed since it last did.
 #[derive(Debug)]
 pub struct Subscription {
-    versions: watch::Receiver<[i64; Topic::ALL.len()]>,
+    topics: watch::Receiver<[Seen; Topic::ALL.len()]>,
     topic: Topic,
-    seen: i64,
+    heard: u64,
 }
 
 impl Subscription {
-    /// Waits for a version newer than the last one returned. Read the data after this returns: a write in between only causes one more
-    /// turn. `None` when the bus is gone.
-    pub async fn changed(&mut self) -> Option<i64> {
-        let (topic, seen) = (self.topic, self.seen);
-        let version = self
-            .versions
-            .wait_for(|versions| versions[topic as usize] > seen)
-            .await
-            .ok()?[topic as usize];
-        self.seen = version;
-        Some(version)
+    /// Waits for a change after the last one returned; yields its number. Read the data after this returns: a write in between only
+    /// causes one more turn. `None` when the bus is gone.
+    pub async fn changed(&mut self) -> Option<u64> {
+        let (topic, heard) = (self.topic, self.heard);
+        let newer = |topics: &[Seen; Topic::ALL.len()]| topics[topic as usize].changes > heard;
+        self.heard = self.topics.wait_for(newer).await.ok()?[topic as usize].changes;
+        Some(self.heard)
     }
 }
 
@@ -127,7 +136,7 @@ impl Bus {
     /// If the database cannot be asked.
     pub async fn connect(db: &Db) -> Result<Self, Error> {
         let bus = Self {
-            versions: watch::Sender::new([0; Topic::ALL.len()]),
+            topics: watch::Sender::new([Seen::default(); Topic::ALL.len()]),
             hurried: Arc::default(),
             listening: Arc::default(),
             read: Arc::new(Mutex::new(Instant::now())),
@@ -137,22 +146,31 @@ impl Bus {
         Ok(bus)
     }
 
-    /// Follows one topic from its present version on; the caller reads its data after subscribing.
+    /// Follows one topic from now on; the caller reads its data after subscribing.
     #[must_use]
     pub fn subscribe(&self, topic: Topic) -> Subscription {
-        let versions = self.versions.subscribe();
-        let seen = versions.borrow()[topic as usize];
+        let topics = self.topics.subscribe();
+        let heard = topics.borrow()[topic as usize].changes;
         Subscription {
-            versions,
+            topics,
             topic,
-            seen,
+            heard,
         }
     }
 
-    /// The newest version seen of a topic.
+    /// How many changes of a topic this process has seen.
     #[must_use]
-    pub fn version(&self, topic: Topic) -> i64 {
-        self.versions.borrow()[topic as usize]
+    pub fn changes(&self, topic: Topic) -> u64 {
+        self.topics.borrow()[topic as usize].changes
+    }
+
+    /// Counts every topic as changed: the database is not the one that was read, whatever its versions say.
+    pub fn doubt(&self) {
+        self.topics.send_modify(|topics| {
+            for seen in topics {
+                seen.changes += 1;
+            }
+        });
     }
 
     /// What hurries it now.
@@ -181,17 +199,20 @@ impl Bus {
     pub async fn refresh(&self) -> Result<(), Error> {
         let read = store::read(&self.db).await?;
         *self.read() = Instant::now();
-        self.versions.send_if_modified(|versions| {
-            let before = *versions;
+        self.topics.send_if_modified(|topics| {
+            let before = *topics;
             for (topic, version, age) in read {
-                let known = &mut versions[topic as usize];
+                let seen = &mut topics[topic as usize];
                 // The first version is read, not heard of.
-                if (1..version).contains(known) {
+                if (1..version).contains(&seen.version) {
                     telemetry::bus_lag(age);
                 }
-                *known = version.max(*known);
+                if seen.version != version {
+                    seen.version = version;
+                    seen.changes += 1;
+                }
             }
-            before != *versions
+            before != *topics
         });
         Ok(())
     }
@@ -233,7 +254,19 @@ impl Bus {
     /// Listens on a connection of its own until it is lost. Its own first notification must arrive within 1 s: behind a transaction
     /// pooler LISTEN is accepted and never delivers.
     async fn listen(&self) -> Result<Listened, Error> {
-        let (client, mut driver) = self.db.dedicated().await?;
+        // A server that takes the connection and says nothing is polled meanwhile, by the other way.
+        let connecting = timeout(CONNECT, self.db.dedicated());
+        tokio::pin!(connecting);
+        let connected = loop {
+            tokio::select! {
+                connected = &mut connecting => break connected,
+                () = sleep(POLL_ALONE) => self.poll().await,
+            }
+        };
+        let Ok(connected) = connected else {
+            return Ok(Listened::Lost);
+        };
+        let (client, mut driver) = connected?;
         let heard = async {
             let subscribe = store::listen(&client);
             tokio::pin!(subscribe);
@@ -266,8 +299,10 @@ impl Bus {
     }
 
     async fn poll(&self) {
-        if let Err(error) = self.refresh().await {
-            tracing::debug!(%error, "cannot read versions");
+        match timeout(ANSWER, self.refresh()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "cannot read versions"),
+            Err(_) => tracing::debug!("the database does not tell the versions"),
         }
     }
 }

@@ -172,6 +172,16 @@ impl Server {
             },
             &tasks,
         );
+        // A new incarnation may be one on another timeline of the database.
+        let (mut boots, doubting, stop) = (replica.boots(), bus.clone(), tasks.stopping());
+        drop(tasks.spawn("doubts", async move {
+            let doubts = async {
+                while boots.changed().await.is_ok() {
+                    doubting.doubt();
+                }
+            };
+            stop.run_until_cancelled(doubts).await;
+        }));
         let following = engine.clone().follow_incarnations();
         let stop = tasks.stopping();
         drop(tasks.spawn("incarnations", async move {

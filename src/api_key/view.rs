@@ -51,15 +51,15 @@ struct View {
 /// Of the keys, and of the accounts that grants name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Version {
-    keys: i64,
-    accounts: i64,
+    keys: u64,
+    accounts: u64,
 }
 
 impl Version {
     fn now(bus: &Bus) -> Self {
         Self {
-            keys: bus.version(Topic::ApiKeys),
-            accounts: bus.version(Topic::Accounts),
+            keys: bus.changes(Topic::ApiKeys),
+            accounts: bus.changes(Topic::Accounts),
         }
     }
 

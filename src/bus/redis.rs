@@ -160,7 +160,7 @@ impl Bus {
         // Whatever was told while nobody listened.
         self.poll().await;
         self.hurry(true);
-        let mut told = *self.versions.borrow();
+        let mut told = self.versions();
         let mut rested = Instant::now();
         loop {
             let hinted = async {
@@ -184,12 +184,16 @@ impl Bus {
         }
     }
 
-    /// Whether a message tells of a version that we have not seen. What is not understood is not.
+    /// Whether a message tells of another version than we have seen. What is not understood does not.
     fn is_news(&self, message: &[Value]) -> bool {
         let [_, Value::BulkString(text)] = message else {
             return false;
         };
-        parse(text).is_some_and(|(topic, version)| version > self.version(topic))
+        parse(text).is_some_and(|(topic, version)| version != self.versions()[topic as usize])
+    }
+
+    fn versions(&self) -> [i64; Topic::ALL.len()] {
+        self.topics.borrow().map(|seen| seen.version)
     }
 
     fn hurry(&self, connected: bool) {
@@ -197,17 +201,17 @@ impl Bus {
     }
 }
 
-/// Tells what has moved beyond `told`; yields what is told now.
+/// Tells what is not as `told`; yields what is told now.
 async fn publish(
     connection: &mut MultiplexedConnection,
     bus: &Bus,
     told: [i64; Topic::ALL.len()],
 ) -> Result<[i64; Topic::ALL.len()], RedisError> {
-    let versions = *bus.versions.borrow();
+    let versions = bus.versions();
     let mut messages = redis::pipe();
     for topic in Topic::ALL {
         let version = versions[topic as usize];
-        if version > told[topic as usize] {
+        if version != told[topic as usize] {
             let message = format!("{} {version}", topic.name());
             messages.cmd("PUBLISH").arg(CHANNEL).arg(message).ignore();
         }

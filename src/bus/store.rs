@@ -11,7 +11,7 @@ use crate::{
 };
 
 statements! { "bus";
-    /// A plain read; versions only grow, so an old snapshot is merely late.
+    /// A plain read; an old snapshot costs one more reading of what has not changed.
     READ: [] = "select topic, version, extract(epoch from clock_timestamp() - changed_at)::float8 from bus_versions";
 
     /// One row lock per topic, the last of its transaction; topics in alphabetical order, so that two writers cannot deadlock. The

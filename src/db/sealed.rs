@@ -30,7 +30,7 @@ pub struct Sealed {
     write: Stmt,
 }
 
-/// The id of the key in a sealed value, as text, whatever its bytes are; null where nothing is sealed.
+/// The id of the key in a sealed value, as text, whatever its bytes are; null where nothing is sealed. Only the first bytes are read.
 macro_rules! key_of {
     ($value:literal) => {
         concat!(
@@ -38,9 +38,9 @@ macro_rules! key_of {
             $value,
             ") > 2 then encode(substr(",
             $value,
-            ", 3, get_byte(",
+            ", 3, get_byte(substr(",
             $value,
-            ", 1)), 'escape') end"
+            ", 2, 1), 0)), 'escape') end"
         )
     };
 }
@@ -63,7 +63,7 @@ macro_rules! sealed {
                 name: "db.SEALED_READ",
                 sql: concat!(
                     "select ", $row, ", case when ", key_of!($column), " <> $2 then ", $column, " end from ", $table,
-                    " where ", $key, " > ", $at, " order by ", $key, " limit $3"
+                    " where (", $key, ") > (", $at, ") order by ", $key, " limit $3"
                 ),
                 types: &[Type::TEXT, Type::TEXT, Type::INT4],
             },
@@ -71,8 +71,8 @@ macro_rules! sealed {
             write: Stmt {
                 name: "db.SEALED_WRITE",
                 sql: concat!(
-                    "update ", $table, " set ", $column, " = $3", $(", ", $also,)? " where ", $key, " = ", $at,
-                    " and substr(", $column, ", 1, octet_length($2)) = $2"
+                    "update ", $table, " set ", $column, " = $3", $(", ", $also,)? " where (", $key, ") = (", $at,
+                    ") and substr(", $column, ", 1, octet_length($2)) = $2"
                 ),
                 types: &[Type::TEXT, Type::BYTEA, Type::BYTEA],
             },
@@ -87,7 +87,7 @@ sealed! {
     "account_credentials" "refresh_sealed" row "account_id::text" key "account_id" at "left($1, 36)::uuid";
     "account_credentials" "id_sealed" row "account_id::text" key "account_id" at "left($1, 36)::uuid";
     "login_flows" "secrets_sealed" row "flow_id::text" key "flow_id" at "left($1, 36)::uuid";
-    "response_snapshots" "body" row "scope_id || '/' || response_id" key "(scope_id, response_id)" at "(left($1, 36)::uuid, substr($1, 38))"
+    "response_snapshots" "body" row "scope_id || '/' || response_id" key "scope_id, response_id" at "left($1, 36)::uuid, substr($1, 38)"
         also concat!("key_id = ", key_of!("$3"));
 }
 

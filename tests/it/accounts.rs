@@ -312,7 +312,7 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
     assert_eq!((renewed.unwrap(), &*plan().await), (Some(3), "pro"));
 
     bus.refresh().await.unwrap();
-    let before = bus.version(Topic::Accounts);
+    let before = bus.changes(Topic::Accounts);
     assert!(
         !pool
             .accounts
@@ -326,7 +326,7 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
     );
     bus.refresh().await.unwrap();
     assert_eq!(
-        bus.version(Topic::Accounts),
+        bus.changes(Topic::Accounts),
         before,
         "nobody is told of nothing"
     );
@@ -339,7 +339,7 @@ async fn tokens_and_verdicts_of_an_old_generation_change_nothing() {
             .unwrap()
     );
     bus.refresh().await.unwrap();
-    assert!(bus.version(Topic::Accounts) > before);
+    assert!(bus.changes(Topic::Accounts) > before);
     assert_eq!(
         pool.accounts
             .rotate(AccountId::new(), 1, &tokens("nobody's"))
@@ -483,7 +483,7 @@ async fn a_catalogue_is_announced_only_when_it_changes() {
     ] {
         pool.accounts.store_models(id, &models).await.unwrap();
         bus.refresh().await.unwrap();
-        versions.push(bus.version(Topic::Models));
+        versions.push(bus.changes(Topic::Models));
         assert_eq!(
             pool.accounts.models().await.unwrap(),
             [(id, models.as_array().unwrap().clone())]
