@@ -19,7 +19,7 @@ use crate::{
     error::{ApiError, Code},
     ids::TurnId,
     protocol::{
-        compact,
+        compact, headers,
         request::{self, Facts, Request, Shape},
     },
     quota, task, telemetry,
@@ -142,7 +142,7 @@ async fn ask(
         route,
         transport: Transport::Http,
         request,
-        headers,
+        headers: headers::detached(&headers),
         turn_state,
         line: None,
         forwarded: None,

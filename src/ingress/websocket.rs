@@ -28,6 +28,7 @@ use crate::{
     protocol::{
         contract::failed_event,
         event::{self, Created, Kind},
+        headers,
         request::Shape,
     },
     telemetry::{self, InFlight},
@@ -101,7 +102,7 @@ async fn accept(
                 state,
                 peer,
                 caller,
-                headers: parts.headers,
+                headers: headers::detached(&parts.headers),
                 dialect,
                 line: None,
                 codex: false,

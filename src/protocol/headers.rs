@@ -183,6 +183,25 @@ fn listed(name: &str, names: &[&str], prefixes: &[&str]) -> bool {
     names.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// The same in memory of its own: values as they arrive are parts of the buffer that they were read into, and keep it whole.
+#[must_use]
+pub fn detached(headers: &HeaderMap) -> HeaderMap {
+    let text: Vec<u8> = headers
+        .values()
+        .flat_map(HeaderValue::as_bytes)
+        .copied()
+        .collect();
+    let mut text = Bytes::from(text);
+    let mut detached = HeaderMap::with_capacity(headers.len());
+    for (name, value) in headers {
+        let own = HeaderValue::from_maybe_shared(text.split_to(value.len()));
+        let mut own = own.expect("it was a value before");
+        own.set_sensitive(value.is_sensitive());
+        detached.append(name, own);
+    }
+    detached
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,6 +216,24 @@ mod tests {
                 )
             })
             .collect()
+    }
+
+    #[test]
+    fn what_is_detached_is_the_same_and_no_part_of_what_it_was_read_into() {
+        let read = Bytes::from(vec![b'v'; 64]);
+        let part = |range| HeaderValue::from_maybe_shared(read.slice(range)).unwrap();
+        let mut headers = HeaderMap::new();
+        headers.append("a", part(0..3));
+        headers.append("a", part(3..7));
+        headers.append("b", HeaderValue::from_static(""));
+        let mut secret = part(7..60);
+        secret.set_sensitive(true);
+        headers.append("c", secret);
+        let own = detached(&headers);
+        assert_eq!(own, headers);
+        assert!(own["c"].is_sensitive() && !own["a"].is_sensitive());
+        drop(headers);
+        assert!(read.is_unique());
     }
 
     #[test]

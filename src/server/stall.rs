@@ -22,6 +22,10 @@ use crate::turn::{Inbox, Item, relay::Watch};
 /// How long a write may make no progress once nothing else watches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The most of one read: hyper makes room for twice what the last one filled, and keeps it for as long as the answer streams. A filled
+/// one is of 8 KiB at least.
+const READ: usize = (8 << 10) - 1;
+
 /// What a connection carries now.
 #[derive(Clone, Default)]
 pub(super) struct Load(Arc<Mutex<Carried>>);
@@ -118,9 +122,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-        Poll::Ready(if self.load.admits(buffer.filled().len() - before) {
+        let room = buffer.remaining().min(READ);
+        let mut part = ReadBuf::new(buffer.initialize_unfilled_to(room));
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut part))?;
+        let bytes = part.filled().len();
+        buffer.advance(bytes);
+        Poll::Ready(if self.load.admits(bytes) {
             Ok(())
         } else {
             Err(io::ErrorKind::OutOfMemory.into())
@@ -188,6 +195,24 @@ mod tests {
         let error = ours.write_all(b"over").await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(before.elapsed().as_secs(), 60);
+    }
+
+    #[tokio::test]
+    async fn a_read_stays_below_what_would_make_the_next_buffer_larger() {
+        let (ours, mut theirs) = duplex(1 << 20);
+        let mut ours = Impatient::new(ours, Load::default());
+        theirs.write_all(&[7; 20_000]).await.unwrap();
+        drop(theirs);
+        let (mut all, mut buffer) = (Vec::new(), vec![0; 1 << 20]);
+        loop {
+            let read = ours.read(&mut buffer).await.unwrap();
+            assert!(read < 8192);
+            if read == 0 {
+                break;
+            }
+            all.extend_from_slice(&buffer[..read]);
+        }
+        assert_eq!(all, [7; 20_000]);
     }
 
     #[tokio::test(start_paused = true)]

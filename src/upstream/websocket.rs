@@ -21,7 +21,10 @@ use super::{Unsent, Upstream, authorize, credential::Credential, deadline};
 use crate::{
     db::Clock,
     ids::AccountId,
-    protocol::failure::{Class, Deadline, Failure},
+    protocol::{
+        failure::{Class, Deadline, Failure},
+        headers,
+    },
     quota::Source,
 };
 
@@ -81,7 +84,7 @@ impl Upstream {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.refused(response).await);
         }
-        let headers = response.headers().clone();
+        let headers = headers::detached(response.headers());
         if headers
             .get(header::SEC_WEBSOCKET_ACCEPT)
             .is_none_or(|accept| accept != derive_accept_key(key.as_bytes()).as_str())
