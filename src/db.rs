@@ -21,8 +21,9 @@ mod tx;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tokio_postgres::{Client, Config, Row, types::ToSql};
+use tokio_postgres_rustls::MakeRustlsConnect;
 
 pub use self::{
     clock::Clock,
@@ -33,6 +34,7 @@ pub use self::{
     tls::{Endpoint, EndpointError},
     tx::Tx,
 };
+use crate::task;
 
 /// Largest number of connections of the main pool.
 pub const MAIN_CONNECTIONS: usize = 16;
@@ -41,11 +43,14 @@ const VITAL_CONNECTIONS: usize = 2;
 /// What a process has open on the direct URL: heartbeats, and LISTEN.
 pub const DIRECT_CONNECTIONS: usize = VITAL_CONNECTIONS + 1;
 
+/// For telling the server that nobody waits for an answer.
+const CANCEL: Duration = Duration::from_secs(2);
+
 /// A handle to one database; clones share its pools.
 #[derive(Clone)]
 pub struct Db {
-    main: Pool,
-    vital: Pool,
+    main: Lender,
+    vital: Lender,
     direct: Endpoint,
     clock: Clock,
     /// Moves when a transaction of this process has committed that others should hear of.
@@ -60,8 +65,8 @@ impl Db {
     /// If the pool cannot be built (a bad configuration of TLS).
     pub fn new(pooled: &Endpoint, direct: &Endpoint) -> Result<Self, Error> {
         Ok(Self {
-            main: pool(pooled, MAIN_CONNECTIONS)?,
-            vital: pool(direct, VITAL_CONNECTIONS)?,
+            main: Lender::new(pooled, MAIN_CONNECTIONS)?,
+            vital: Lender::new(direct, VITAL_CONNECTIONS)?,
             direct: direct.clone(),
             clock: Clock::default(),
             announced: watch::Sender::new(()),
@@ -97,9 +102,11 @@ impl Db {
     /// If none is free within 2 s, or Postgres cannot be reached within 5 s.
     pub async fn connection(&self) -> Result<Connection, Error> {
         let asked = Instant::now();
-        let got = self.main.get().await;
+        let got = self.main.pool.get().await;
         crate::telemetry::pool_waited(asked.elapsed());
-        got.map(Connection).map_err(Error::pool)
+        let tls = self.main.tls.clone();
+        got.map(|client| Connection { client, tls })
+            .map_err(Error::pool)
     }
 
     /// A connection of its own on the direct URL, with its driver, for `LISTEN`.
@@ -191,8 +198,8 @@ impl Db {
     /// How busy each pool is, by its name.
     #[must_use]
     pub fn load(&self) -> [(&'static str, Load); 2] {
-        [("main", &self.main), ("vital", &self.vital)].map(|(name, pool)| {
-            let status = pool.status();
+        [("main", &self.main), ("vital", &self.vital)].map(|(name, lender)| {
+            let status = lender.pool.status();
             let idle = status.available.min(status.size);
             let load = Load {
                 in_use: status.size - idle,
@@ -206,8 +213,8 @@ impl Db {
 
     /// Closes the pools; running statements end first.
     pub fn close(&self) {
-        self.main.close();
-        self.vital.close();
+        self.main.pool.close();
+        self.vital.pool.close();
     }
 }
 
@@ -216,6 +223,22 @@ impl std::fmt::Debug for Db {
         f.debug_struct("Db")
             .field("direct", &self.direct)
             .finish_non_exhaustive()
+    }
+}
+
+/// A pool, and how it speaks to the server.
+#[derive(Clone)]
+struct Lender {
+    pool: Pool,
+    tls: MakeRustlsConnect,
+}
+
+impl Lender {
+    fn new(endpoint: &Endpoint, size: usize) -> Result<Self, Error> {
+        Ok(Self {
+            pool: pool(endpoint, size)?,
+            tls: endpoint.tls().clone(),
+        })
     }
 }
 
@@ -250,12 +273,21 @@ impl Drop for Lent {
 }
 
 /// A connection taken from the pool; dropping it gives it back.
-pub struct Connection(deadpool_postgres::Object);
+pub struct Connection {
+    client: deadpool_postgres::Object,
+    tls: MakeRustlsConnect,
+}
 
 impl Connection {
-    /// Cuts the connection instead of giving it back: it owes an answer that nobody waits for any more.
+    /// Cuts the connection instead of giving it back: it owes an answer that nobody waits for any more. The server is told to stop: it
+    /// would wait for a lock, say, with its connection, while others are opened for those that ask next.
     pub fn cut(self) {
-        drop(deadpool_postgres::Object::take(self.0));
+        let client = deadpool_postgres::Object::take(self.client);
+        let (token, tls) = (client.cancel_token(), self.tls);
+        task::errand(async move {
+            // PgBouncer does not pass it on; there it is the pooler that bounds what waits.
+            drop(timeout(CANCEL, token.cancel_query(tls)).await);
+        });
     }
 
     /// As [`Db::all`].
@@ -268,7 +300,7 @@ impl Connection {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
         crate::telemetry::statement(stmt.name);
-        self.0
+        self.client
             .query_typed(stmt.sql, &stmt.typed(params))
             .await
             .map_err(|error| Error::statement(stmt, error))
@@ -284,7 +316,7 @@ impl Connection {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
         crate::telemetry::statement(stmt.name);
-        self.0
+        self.client
             .query_typed_opt(stmt.sql, &stmt.typed(params))
             .await
             .map_err(|error| Error::statement(stmt, error))
@@ -296,7 +328,7 @@ impl Connection {
     /// Of the statement, or if there is not one row.
     pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
         crate::telemetry::statement(stmt.name);
-        self.0
+        self.client
             .query_typed_one(stmt.sql, &stmt.typed(params))
             .await
             .map_err(|error| Error::statement(stmt, error))
@@ -308,7 +340,7 @@ impl Connection {
     /// Of the statement.
     pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
         crate::telemetry::statement(stmt.name);
-        self.0
+        self.client
             .execute_typed(stmt.sql, &stmt.typed(params))
             .await
             .map_err(|error| Error::statement(stmt, error))
@@ -319,7 +351,7 @@ impl Connection {
     /// # Errors
     /// Of the statement.
     pub async fn check(&self, stmt: &Stmt) -> Result<(), Error> {
-        self.0
+        self.client
             .prepare_typed(stmt.sql, stmt.types)
             .await
             .map(drop)

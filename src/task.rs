@@ -132,6 +132,13 @@ impl fmt::Debug for Tasks {
     }
 }
 
+/// Runs a short errand that nobody waits for, not even the end of the process. Without a runtime it is left.
+pub fn errand(errand: impl Future<Output = ()> + Send + 'static) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(errand);
+    }
+}
+
 /// Runs `work` on the blocking pool: hashing and decompression of large bodies.
 ///
 /// # Panics

@@ -8,7 +8,7 @@ use drawbridge::{
     lease, ledger, poll, quota, replica, snapshot,
 };
 
-use crate::support::store::Store;
+use crate::support::{store::Store, wait::until};
 
 /// The statements of each room that has a store.
 const STORES: [(&str, &[&Stmt]); 11] = [
@@ -24,6 +24,31 @@ const STORES: [(&str, &[&Stmt]); 11] = [
     ("replica", replica::STATEMENTS),
     ("snapshot", snapshot::STATEMENTS),
 ];
+
+#[tokio::test]
+async fn the_server_stops_what_nobody_waits_for_any_more() {
+    static COUNT: Stmt = Stmt {
+        name: "test.COUNT",
+        sql: "select count(*) from accounts",
+        types: &[],
+    };
+    let mut store = Store::direct().await;
+    let db = store.db.clone();
+    let lock = store.client.transaction().await.unwrap();
+    lock.batch_execute("lock table accounts").await.unwrap();
+    let waiting = async || {
+        let waiting =
+            "select count(*) from pg_locks where not granted and relation = 'accounts'::regclass";
+        let row = lock.query_one(waiting, &[]).await.unwrap();
+        row.get::<_, i64>(0)
+    };
+    let late = tokio::select! {
+        _ = db.one(&COUNT, &[]) => false,
+        () = until("it waits", async || waiting().await == 1) => true,
+    };
+    assert!(late, "the lock holds");
+    until("it waits no more", async || waiting().await == 0).await;
+}
 
 #[tokio::test]
 async fn the_schema_accepts_every_statement() {
