@@ -125,7 +125,8 @@ statements! { "ledger";
         )
         select count(*) from found");
 
-    /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt, and its lease is idle again.
+    /// Finds the opening by its request, if it landed under this fence: nothing was sent, so it leaves no attempt, and its lease is idle
+    /// again. The same request may run on another replica, which has taken the lease since.
     WITHDRAW: [UUID, UUID, INT8] = "
         with idle as (
             update http_bridge_leases set busy_turn = null, busy_since = null
@@ -134,7 +135,8 @@ statements! { "ledger";
         )
         update turns set state = case when requests > 1 then 'settled' else 'released' end, outcome = 'failed', reason = 'withdrawn',
             attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
-        where request_id = $1 and state = 'open' and (select count(*) from idle) >= 0";
+        where request_id = $1 and lease_id is not distinct from $2 and generation is not distinct from $3 and state = 'open'
+            and (select count(*) from idle) >= 0";
 
     /// Records a turn that ran while Postgres was away, before it is settled. If its BEGIN has landed all the same, its lease is idle again
     /// and its row is there already, or the earlier turn that it reopened is closed again; if that lands later, it finds this row and is
