@@ -171,13 +171,20 @@ statements! { "ledger";
         order by turn_id limit $2";
 
     /// Books a turn only as it was read: not if its owner settled it or began an attempt, nor if a retry or another sweep has it.
-    /// The log follows the booking in one statement.
+    /// The log follows the booking in one statement. A lease on which a living owner left it is idle again; that of a dead owner is
+    /// claimed as it is. Lock order: leases, turns.
     BOOK_LOST: [JSONB, JSONB] = concat!("
         with lost as (
             select * from jsonb_to_recordset($1) as lost(turn_id uuid, request_id uuid, attempts jsonb, input_tokens bigint,
                 output_tokens bigint, cached_input_tokens bigint, reasoning_tokens bigint, cost_nanodollars bigint)
+        ), busy as (
+            select lost.turn_id, l.lease_id, l.busy_turn
+            from lost join turns t using (turn_id) join http_bridge_leases l on l.lease_id = t.lease_id and l.busy_turn = lost.request_id
+            where not exists (select from bridge_replicas r where r.boot_id = l.owner_boot and r.dead_at is not null)
+            order by l.lease_id for update of l
         ), held as (
-            select t.turn_id from turns t join lost using (turn_id) where t.state = 'open' order by t.turn_id for update of t skip locked
+            select t.turn_id from turns t join lost using (turn_id)
+            where t.state = 'open' and (select count(*) from busy) >= 0 order by t.turn_id for update of t skip locked
         ), booked as (
             update turns t set state = 'settled', outcome = 'lost', attempts = lost.attempts, input_tokens = lost.input_tokens,
                 cached_input_tokens = lost.cached_input_tokens, output_tokens = lost.output_tokens,
@@ -187,6 +194,9 @@ statements! { "ledger";
             where t.turn_id = lost.turn_id and t.request_id = lost.request_id and t.state = 'open'
                 and jsonb_array_length(t.attempts) = jsonb_array_length(lost.attempts)
             returning t.turn_id
+        ), idle as (
+            update http_bridge_leases l set busy_turn = null, busy_since = null
+            from busy join booked using (turn_id) where l.lease_id = busy.lease_id and l.busy_turn = busy.busy_turn
         ), logged as (
             insert into request_log (", log_columns!(), ")
             select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $2) join booked using (turn_id)
