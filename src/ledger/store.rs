@@ -204,13 +204,18 @@ statements! { "ledger";
         )
         select count(*) from booked");
 
-    /// Turns whose log was lost with the process that queued it. A plain read; LOG ignores what has come since.
+    /// Turns whose log was lost with the process that queued it. A plain read, once through both sides; LOG ignores what has come since.
     FIND_UNLOGGED: [UUID, UUID, DATE, DATE, INT8] = "
+        with sides as (
+            select turn_id, requests from turns
+            where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
+            union all
+            select turn_id, -1 from request_log where day between $3 and $4 and turn_id >= $1 and turn_id < $2
+        ), missing as (
+            select turn_id from sides group by turn_id having sum(requests) > 0 limit $5
+        )
         select turn_id, request_id, scope_id, api_key_id, route, transport, model, outcome, reason, first_event_ms, total_ms, attempts
-        from turns t
-        where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
-            and requests > (select count(*) from request_log l where l.day between $3 and $4 and l.turn_id = t.turn_id)
-        limit $5";
+        from turns join missing using (turn_id)";
 
     /// One snapshot of both sides. Requests without an attempt used nothing and are no turns.
     RECONCILE: [UUID, UUID, DATE, DATE] = "
