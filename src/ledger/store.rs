@@ -149,12 +149,16 @@ statements! { "ledger";
         ), undone as (
             update turns set state = 'settled', outcome = 'failed', reason = 'withdrawn', request_id = turn_id, attempts = attempts - (-1),
                 requests = requests - 1, settled_at = clock_timestamp()
-            where request_id = $1 and turn_id <> $13 and state = 'open' and (select count(*) from idle) >= 0
+            where request_id = $1 and turn_id not in ($1, $13) and state = 'open' and (select count(*) from idle) >= 0
             returning 1
         )
         insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
         select $13, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from undone) >= 0
         on conflict do nothing";
+
+    /// Whether a turn has, or had before another one, this retry.
+    HEARD: [UUID, UUID] = "
+        select from turns where turn_id = $1 and attempts @> jsonb_build_array(jsonb_build_object('request', $2))";
 
     /// An entry that is there stays as it is.
     LOG: [JSONB] = concat!("
@@ -356,6 +360,12 @@ pub(super) async fn open_late(
     )
     .await
     .map(|rows| rows == 1)
+}
+
+pub(super) async fn has_heard(db: &Db, opened: &Opened) -> Result<bool, Error> {
+    db.opt(&HEARD, &[&opened.turn(), &opened.request().id])
+        .await
+        .map(|row| row.is_some())
 }
 
 pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {
