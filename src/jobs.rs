@@ -1,6 +1,12 @@
 //! Periodic work. Each job may run on several replicas at once: what must not is guarded in its own statement.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use crate::{
     account::{Accounts, sticky::Sticky},
@@ -21,8 +27,10 @@ const SWEEP: Duration = Duration::from_secs(5);
 const HISTORY: Duration = Duration::from_secs(15);
 /// How often what is old is deleted.
 const PURGE: Duration = Duration::from_secs(600);
-/// How far back rows of the request log that a crash lost are written again; the first look covers a day.
+/// How far back rows of the request log that a crash lost are looked for, once, and written again.
 const MENDED: Duration = Duration::from_secs(24 * 3600);
+/// How far back from then on: a turn is logged within so long of its beginning.
+const MENDED_AGAIN: Duration = Duration::from_secs(3 * 3600);
 /// How long dead replicas are remembered.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// How often what histograms collect is folded.
@@ -77,8 +85,10 @@ pub fn start(tasks: &Tasks, parts: &Parts, periods: &Periods) {
         let kept = parts.upstream.credentials().keep_fresh().await;
         done("look for logins that are due", kept)
     });
-    parts.job(tasks, "purge", PURGE, move |parts| async move {
-        parts.purge(retention_days).await
+    let mended = Arc::new(AtomicBool::new(false));
+    parts.job(tasks, "purge", PURGE, move |parts| {
+        let mended = Arc::clone(&mended);
+        async move { parts.purge(retention_days).await & parts.mend(&mended).await }
     });
     tasks.periodic("upkeep", UPKEEP, || {
         telemetry::upkeep();
@@ -127,7 +137,6 @@ impl Parts {
         let log = self.ledger.delete_older_than(retention_days);
         let dead = replica::prune(&self.db, REMEMBERED);
         [
-            done("complete the request log", self.ledger.mend(MENDED).await),
             done("delete old rows of the request log", log.await),
             done("delete old usage", self.quota.purge(retention_days).await),
             done(
@@ -144,6 +153,17 @@ impl Parts {
         ]
         .into_iter()
         .all(|done| done)
+    }
+
+    /// Writes what the request log lost; all of it once, then what was lost since.
+    async fn mend(&self, before: &AtomicBool) -> bool {
+        let window = match before.load(Ordering::Relaxed) {
+            true => MENDED_AGAIN,
+            false => MENDED,
+        };
+        let mended = done("complete the request log", self.ledger.mend(window).await);
+        before.fetch_or(mended, Ordering::Relaxed);
+        mended
     }
 }
 

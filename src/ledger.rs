@@ -19,6 +19,7 @@ mod turn;
 mod used;
 
 use std::{
+    borrow::Cow,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -139,14 +140,22 @@ impl Ledger {
     /// # Errors
     /// Of the statement; whether it was booked is then unknown, and repeating is safe.
     pub async fn settle(&self, opened: &Opened, settlement: &Settlement) -> Result<Booked, Error> {
-        let opened = opened.closed();
+        let mut opened = opened.closed();
         if let Some(late) = opened.unrecorded() {
             store::open_late(&self.db, self.boot(), late.opening.fence, &opened).await?;
         }
         let mut booked = store::settle(&self.db, &opened, settlement).await?;
-        // Where a standby has taken over, it may never have heard of the turn.
-        if !booked.turn && store::open_late(&self.db, opened.boot(), None, &opened).await? {
-            booked = store::settle(&self.db, &opened, settlement).await?;
+        // Where a standby has taken over, it may never have heard of the turn, or not of this retry, which then is a turn of its own.
+        if !booked.turn {
+            let mut anew = store::open_late(&self.db, opened.boot(), None, &opened).await?;
+            if !anew && opened.is_retry() && !store::has_heard(&self.db, &opened).await? {
+                opened = Cow::Owned(opened.alone());
+                store::open_late(&self.db, opened.boot(), None, &opened).await?;
+                anew = true;
+            }
+            if anew {
+                booked = store::settle(&self.db, &opened, settlement).await?;
+            }
         }
         self.away.answered();
         // Also when it was booked before: the log ignores what it has.

@@ -10,7 +10,7 @@ use super::Stmt;
 /// What a caller can do about an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Postgres cannot be reached, is starting or stopping, or no connection was free in time.
+    /// Postgres cannot be reached, is starting or stopping, lacks what it needs, or no connection was free in time: it passes.
     Unavailable,
     /// A serialisation failure, a deadlock or a lock time-out: the same work may succeed if repeated.
     Retryable,
@@ -51,6 +51,12 @@ impl Error {
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
         self.class == Class::Unavailable
+    }
+
+    /// Whether the same may succeed later.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self.class, Class::Unavailable | Class::Retryable)
     }
 
     /// The name of the violated constraint.
@@ -133,25 +139,27 @@ fn classify(error: &tokio_postgres::Error) -> Class {
             Class::Unavailable
         };
     };
-    match *server.code() {
+    of_code(server.code(), server.constraint())
+}
+
+fn of_code(code: &SqlState, constraint: Option<&str>) -> Class {
+    match *code {
         SqlState::T_R_SERIALIZATION_FAILURE
         | SqlState::T_R_DEADLOCK_DETECTED
-        | SqlState::LOCK_NOT_AVAILABLE => Class::Retryable,
-        SqlState::ADMIN_SHUTDOWN
-        | SqlState::CRASH_SHUTDOWN
-        | SqlState::CANNOT_CONNECT_NOW
-        | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT
-        | SqlState::TOO_MANY_CONNECTIONS
-        | SqlState::QUERY_CANCELED
-        | SqlState::READ_ONLY_SQL_TRANSACTION
-        | SqlState::CONNECTION_FAILURE
-        | SqlState::CONNECTION_EXCEPTION
-        | SqlState::PROTOCOL_VIOLATION => Class::Unavailable,
+        | SqlState::LOCK_NOT_AVAILABLE => return Class::Retryable,
+        SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT | SqlState::READ_ONLY_SQL_TRANSACTION => {
+            return Class::Unavailable;
+        }
         SqlState::UNIQUE_VIOLATION
         | SqlState::FOREIGN_KEY_VIOLATION
         | SqlState::CHECK_VIOLATION => {
-            Class::Constraint(server.constraint().unwrap_or_default().to_owned())
+            return Class::Constraint(constraint.unwrap_or_default().to_owned());
         }
+        _ => {}
+    }
+    match code.code().get(..2) {
+        // The connection, who may connect (a password that is being changed), resources, an operator, the system, and Postgres itself.
+        Some("08" | "28" | "53" | "57" | "58" | "XX") => Class::Unavailable,
         _ => Class::Bug,
     }
 }
@@ -169,4 +177,30 @@ fn describe(error: &tokio_postgres::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_is_no_bug() {
+        let row = Class::Constraint("rows_key".into());
+        for (codes, class) in [
+            (&["40001", "40P01", "55P03"][..], Class::Retryable),
+            (&["08006", "08P01", "28000", "28P01"], Class::Unavailable),
+            (&["53100", "53200", "53300"], Class::Unavailable),
+            (&["57014", "57P01", "57P03", "57P05"], Class::Unavailable),
+            (&["58030", "58P01", "XX000"], Class::Unavailable),
+            (&["25006", "25P03"], Class::Unavailable),
+            (&["23503", "23505", "23514"], row),
+            (&["22021", "22P05", "23502", "25P02"], Class::Bug),
+            (&["42501", "42703", "42P01", "54000"], Class::Bug),
+        ] {
+            for code in codes {
+                let of = of_code(&SqlState::from_code(code), Some("rows_key"));
+                assert_eq!(of, class, "{code}");
+            }
+        }
+    }
 }

@@ -22,7 +22,7 @@ use super::{
     turn::{Answer, Opened, Request},
 };
 use crate::{
-    db::{Class, Db, Error},
+    db::{Db, Error},
     ids::{AccountId, ApiKeyId, ScopeId, TurnId},
     telemetry,
 };
@@ -248,25 +248,30 @@ impl RequestLog {
                 return Ok(());
             }
             match store::log(&self.0.db, &batch).await {
-                Err(error) if matches!(error.class(), Class::Unavailable | Class::Retryable) => {
-                    return Err(error);
-                }
+                Ok(()) => batch.clear(),
+                Err(error) if error.is_passing() => return Err(error),
                 Err(error) => {
-                    // One entry spoils its batch: the others are written one by one.
-                    for entry in batch.iter() {
-                        if let Err(error) =
-                            store::log(&self.0.db, std::slice::from_ref(entry)).await
-                        {
-                            telemetry::count("drawbridge_request_log_dropped_total");
-                            tracing::error!(%error, turn_id = %entry.turn_id, "an entry of the request log was dropped");
-                        }
-                    }
                     tracing::error!(%error, "a batch of the request log");
+                    self.write_singly(&mut batch).await?;
                 }
-                Ok(()) => {}
             }
-            batch.clear();
         }
+    }
+
+    /// One entry spoils its batch: it is dropped, the others are written one by one.
+    async fn write_singly(&self, batch: &mut Vec<Entry>) -> Result<(), Error> {
+        while let Some(entry) = batch.last() {
+            match store::log(&self.0.db, std::slice::from_ref(entry)).await {
+                Ok(()) => {}
+                Err(error) if error.is_passing() => return Err(error),
+                Err(error) => {
+                    telemetry::count("drawbridge_request_log_dropped_total");
+                    tracing::error!(%error, turn_id = %entry.turn_id, "an entry of the request log was dropped");
+                }
+            }
+            batch.pop();
+        }
+        Ok(())
     }
 }
 

@@ -125,7 +125,8 @@ statements! { "ledger";
         )
         select count(*) from found");
 
-    /// Finds the opening by its request, if it landed: nothing was sent, so it leaves no attempt, and its lease is idle again.
+    /// Finds the opening by its request, if it landed under this fence: nothing was sent, so it leaves no attempt, and its lease is idle
+    /// again. The same request may run on another replica, which has taken the lease since.
     WITHDRAW: [UUID, UUID, INT8] = "
         with idle as (
             update http_bridge_leases set busy_turn = null, busy_since = null
@@ -134,7 +135,8 @@ statements! { "ledger";
         )
         update turns set state = case when requests > 1 then 'settled' else 'released' end, outcome = 'failed', reason = 'withdrawn',
             attempts = attempts - (-1), requests = requests - 1, settled_at = clock_timestamp()
-        where request_id = $1 and state = 'open' and (select count(*) from idle) >= 0";
+        where request_id = $1 and lease_id is not distinct from $2 and generation is not distinct from $3 and state = 'open'
+            and (select count(*) from idle) >= 0";
 
     /// Records a turn that ran while Postgres was away, before it is settled. If its BEGIN has landed all the same, its lease is idle again
     /// and its row is there already, or the earlier turn that it reopened is closed again; if that lands later, it finds this row and is
@@ -147,12 +149,16 @@ statements! { "ledger";
         ), undone as (
             update turns set state = 'settled', outcome = 'failed', reason = 'withdrawn', request_id = turn_id, attempts = attempts - (-1),
                 requests = requests - 1, settled_at = clock_timestamp()
-            where request_id = $1 and turn_id <> $13 and state = 'open' and (select count(*) from idle) >= 0
+            where request_id = $1 and turn_id not in ($1, $13) and state = 'open' and (select count(*) from idle) >= 0
             returning 1
         )
         insert into turns (turn_id, request_id, scope_id, api_key_id, client_turn_id, boot_id, route, transport, model, account_id, attempts)
         select $13, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 where (select count(*) from undone) >= 0
         on conflict do nothing";
+
+    /// Whether a turn has, or had before another one, this retry.
+    HEARD: [UUID, UUID] = "
+        select from turns where turn_id = $1 and attempts @> jsonb_build_array(jsonb_build_object('request', $2))";
 
     /// An entry that is there stays as it is.
     LOG: [JSONB] = concat!("
@@ -169,13 +175,20 @@ statements! { "ledger";
         order by turn_id limit $2";
 
     /// Books a turn only as it was read: not if its owner settled it or began an attempt, nor if a retry or another sweep has it.
-    /// The log follows the booking in one statement.
+    /// The log follows the booking in one statement. A lease on which a living owner left it is idle again; that of a dead owner is
+    /// claimed as it is. Lock order: leases, turns.
     BOOK_LOST: [JSONB, JSONB] = concat!("
         with lost as (
             select * from jsonb_to_recordset($1) as lost(turn_id uuid, request_id uuid, attempts jsonb, input_tokens bigint,
                 output_tokens bigint, cached_input_tokens bigint, reasoning_tokens bigint, cost_nanodollars bigint)
+        ), busy as (
+            select lost.turn_id, l.lease_id, l.busy_turn
+            from lost join turns t using (turn_id) join http_bridge_leases l on l.lease_id = t.lease_id and l.busy_turn = lost.request_id
+            where not exists (select from bridge_replicas r where r.boot_id = l.owner_boot and r.dead_at is not null)
+            order by l.lease_id for update of l
         ), held as (
-            select t.turn_id from turns t join lost using (turn_id) where t.state = 'open' order by t.turn_id for update of t skip locked
+            select t.turn_id from turns t join lost using (turn_id)
+            where t.state = 'open' and (select count(*) from busy) >= 0 order by t.turn_id for update of t skip locked
         ), booked as (
             update turns t set state = 'settled', outcome = 'lost', attempts = lost.attempts, input_tokens = lost.input_tokens,
                 cached_input_tokens = lost.cached_input_tokens, output_tokens = lost.output_tokens,
@@ -185,6 +198,9 @@ statements! { "ledger";
             where t.turn_id = lost.turn_id and t.request_id = lost.request_id and t.state = 'open'
                 and jsonb_array_length(t.attempts) = jsonb_array_length(lost.attempts)
             returning t.turn_id
+        ), idle as (
+            update http_bridge_leases l set busy_turn = null, busy_since = null
+            from busy join booked using (turn_id) where l.lease_id = busy.lease_id and l.busy_turn = busy.busy_turn
         ), logged as (
             insert into request_log (", log_columns!(), ")
             select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $2) join booked using (turn_id)
@@ -192,13 +208,18 @@ statements! { "ledger";
         )
         select count(*) from booked");
 
-    /// Turns whose log was lost with the process that queued it. A plain read; LOG ignores what has come since.
+    /// Turns whose log was lost with the process that queued it. A plain read, once through both sides; LOG ignores what has come since.
     FIND_UNLOGGED: [UUID, UUID, DATE, DATE, INT8] = "
+        with sides as (
+            select turn_id, requests from turns
+            where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
+            union all
+            select turn_id, -1 from request_log where day between $3 and $4 and turn_id >= $1 and turn_id < $2
+        ), missing as (
+            select turn_id from sides group by turn_id having sum(requests) > 0 limit $5
+        )
         select turn_id, request_id, scope_id, api_key_id, route, transport, model, outcome, reason, first_event_ms, total_ms, attempts
-        from turns t
-        where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
-            and requests > (select count(*) from request_log l where l.day between $3 and $4 and l.turn_id = t.turn_id)
-        limit $5";
+        from turns join missing using (turn_id)";
 
     /// One snapshot of both sides. Requests without an attempt used nothing and are no turns.
     RECONCILE: [UUID, UUID, DATE, DATE] = "
@@ -339,6 +360,12 @@ pub(super) async fn open_late(
     )
     .await
     .map(|rows| rows == 1)
+}
+
+pub(super) async fn has_heard(db: &Db, opened: &Opened) -> Result<bool, Error> {
+    db.opt(&HEARD, &[&opened.turn(), &opened.request().id])
+        .await
+        .map(|row| row.is_some())
 }
 
 pub(super) async fn attempt(db: &Db, opened: &Opened) -> Result<bool, Error> {

@@ -183,6 +183,16 @@ impl Opened {
         }
     }
 
+    /// The same as a turn of its own, which repeats nothing.
+    pub(super) fn alone(&self) -> Self {
+        let attempts = self.attempts().cloned().collect();
+        Self {
+            turn: self.request.id,
+            attempts,
+            ..self.clone()
+        }
+    }
+
     fn lose_running(&mut self) {
         for attempt in self.attempts.iter_mut().filter(|attempt| attempt.runs()) {
             attempt.lose(&self.request.model);

@@ -529,6 +529,62 @@ async fn an_opening_that_is_taken_back_leaves_the_lease_idle() {
 }
 
 #[tokio::test]
+async fn who_takes_back_an_opening_leaves_the_same_request_to_the_replica_that_took_the_lease() {
+    for store in Store::both_ways().await {
+        let scope = ScopeId::new();
+        let (slow, other) = (Replica::new(&store).await, Replica::new(&store).await);
+        let held = slow.claim(scope, Key::fork()).await.unwrap();
+        let forwarded = opening(scope, Some(&held));
+        // Its opening waits for a connection meanwhile.
+        let seen = other.row(scope, held.lease).await.unwrap();
+        let taken = other.take(scope, &seen).await.unwrap();
+        let mut here = opening(scope, Some(&taken));
+        here.request = forwarded.request.clone();
+        let turn = other.ledger.open(here).await.unwrap();
+
+        let tasks = Tasks::new();
+        let withdraw = slow.ledger.clone();
+        let withdrawn = withdraw.withdraw(&forwarded.request, forwarded.fence, &tasks);
+        withdrawn.await.unwrap();
+        let row = other.row(scope, held.lease).await.unwrap();
+        assert_eq!(row.busy_turn, Some(turn.request().id));
+        let settled = other.finish(&turn, &answered(Some("r"))).await;
+        assert_eq!(settled, (true, true));
+        let booked = "select count(*) from turns where outcome = 'completed' and requests = 1";
+        assert_eq!(number(&store, booked).await, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_turn_that_its_living_owner_never_books_is_swept_and_leaves_the_lease_idle() {
+    for store in Store::both_ways().await {
+        let scope = ScopeId::new();
+        let (one, other) = (Replica::new(&store).await, Replica::new(&store).await);
+        let held = one.claim(scope, Key::fork()).await.unwrap();
+        let running = one.claim(scope, Key::fork()).await.unwrap();
+        let dead = Replica::new(&store).await;
+        let paused = dead.claim(scope, Key::fork()).await.unwrap();
+        one.begin(scope, &held).await;
+        let age = "update turns set opened_at = opened_at - interval '181 minutes'";
+        store.client.batch_execute(age).await.unwrap();
+        let runs = one.begin(scope, &running).await;
+        let late = dead.begin(scope, &paused).await;
+        bury(&store, dead.boot).await;
+
+        let swept = tokio::join!(one.ledger.sweep(), other.ledger.sweep());
+        assert_eq!(swept.0.unwrap() + swept.1.unwrap(), 2);
+        let row = one.row(scope, held.lease).await.unwrap();
+        assert_eq!((row.busy_turn, row.generation), (None, held.generation));
+        one.begin(scope, &held).await;
+        let row = one.row(scope, running.lease).await.unwrap();
+        assert_eq!(row.busy_turn, Some(runs.request().id));
+        // That of a dead owner waits for an heir, and until then its answer is the head.
+        assert_eq!(dead.finish(&late, &answered(Some("r"))).await, (true, true));
+        assert_eq!(head(&store, paused.lease).await.as_deref(), Some("r"));
+    }
+}
+
+#[tokio::test]
 async fn a_request_begins_once_on_whichever_replica_and_whatever_came_of_it() {
     for store in Store::both_ways().await {
         let (one, other) = (Replica::new(&store).await, Replica::new(&store).await);

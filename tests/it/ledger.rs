@@ -5,6 +5,7 @@
 )]
 
 mod death;
+mod setbacks;
 
 use std::time::Duration;
 

@@ -245,11 +245,18 @@ impl State {
                 }
             }
             Statement::Finish(fence, request) | Statement::Withdraw(fence, request) => {
-                let owned = self.turns.get(&request).filter(|(_, own)| *own == fence);
-                let turn = owned.map(|(turn, _)| *turn);
+                let row = self.turns.get(&request);
                 let (booked, moved) = match statement {
-                    Statement::Finish(..) => step::finish(self.lease, turn, fence, request, true),
-                    _ => step::withdraw(self.lease, turn, fence, request),
+                    Statement::Finish(..) => {
+                        let turn = row.map(|(turn, _)| *turn);
+                        step::finish(self.lease, turn, fence, request, true)
+                    }
+                    // The statement finds only what was begun under its own fence.
+                    _ => {
+                        let begun = row.filter(|(_, own)| *own == fence);
+                        let turn = begun.map(|(turn, _)| *turn);
+                        step::withdraw(self.lease, turn, fence, request)
+                    }
                 };
                 if let Some(turn) = booked {
                     self.turns.insert(request, (turn, fence));

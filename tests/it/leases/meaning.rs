@@ -270,15 +270,24 @@ impl<'a> World<'a> {
         let owner = &self.actors[usize::from(fence.boot)].0;
         if self.random.random_bool(0.2) {
             let withdraw = statement(ledger::STATEMENTS, "ledger.WITHDRAW");
-            let held = self.held.iter().find(|(_, _, held)| *held == fence);
-            let (_, held, _) = held.unwrap();
+            let own = self.held.iter().position(|(_, _, held)| *held == fence);
+            // Or by another one, to whom the same request was forwarded.
+            let other = self.random.random_bool(0.3);
+            let which = own
+                .filter(|_| !other)
+                .or_else(|| self.recent(self.held.len()));
+            let (slot, held, named) = self.held[which.unwrap()];
             let request_id = opened.request().id;
             let params: [&(dyn ToSql + Sync); 3] = [&request_id, &held.lease, &held.generation];
             let real = self.store.db.exec(withdraw, &params).await.unwrap();
-            let model = step::withdraw(self.leases[slot], turn, fence, request);
+            let begun = turn.filter(|_| named == fence);
+            let model = step::withdraw(self.leases[slot], begun, named, request);
             assert_eq!(real, u64::from(model.0.is_some()));
             self.closed(slot, request, model);
-            return "withdraw";
+            return match named == fence {
+                true => "withdraw",
+                false => "withdraw: of another",
+            };
         }
         let complete = self.random.random_bool(0.8);
         let response = complete.then(|| request.to_string());
@@ -389,6 +398,7 @@ async fn the_statements_of_a_lease_do_what_its_functions_say() {
             "begin: fenced",
             "finish",
             "take",
+            "withdraw: of another",
         ];
         let mut steps = 0;
         // What is rare may be late.
