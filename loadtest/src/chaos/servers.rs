@@ -149,7 +149,8 @@ impl Postgres {
         other.crash();
         self.server = None;
         self.address = other.address;
-        self.spawn().await?;
+        // Before it takes connections it is no standby yet, which could be promoted.
+        self.start().await?;
         self.program("pg_ctl", &["promote", "--wait", "--pgdata"])
             .await
     }
