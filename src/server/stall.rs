@@ -13,7 +13,7 @@ use std::{
 
 use http::Response;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf, Take},
     time::{Instant, Sleep, sleep},
 };
 
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The most of one read: hyper makes room for twice what the last one filled, and keeps it for as long as the answer streams. A filled
 /// one is of 8 KiB at least.
-const READ: usize = (8 << 10) - 1;
+const READ: u64 = (8 << 10) - 1;
 
 /// What a connection carries now.
 #[derive(Clone, Default)]
@@ -69,7 +69,7 @@ impl Load {
 
 /// A stream whose writes fail when they stall.
 pub(super) struct Impatient<S> {
-    stream: S,
+    stream: Take<S>,
     load: Load,
     stalled: Option<Stalled>,
 }
@@ -80,10 +80,10 @@ struct Stalled {
     watched: bool,
 }
 
-impl<S: Unpin> Impatient<S> {
+impl<S: AsyncRead + Unpin> Impatient<S> {
     pub(super) fn new(stream: S, load: Load) -> Self {
         Self {
-            stream,
+            stream: stream.take(0),
             load,
             stalled: None,
         }
@@ -95,7 +95,7 @@ impl<S: Unpin> Impatient<S> {
         context: &mut Context<'_>,
         write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        let written = write(Pin::new(&mut self.stream), context);
+        let written = write(Pin::new(self.stream.get_mut()), context);
         if written.is_ready() {
             self.stalled = None;
             return written;
@@ -122,12 +122,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let room = buffer.remaining().min(READ);
-        let mut part = ReadBuf::new(buffer.initialize_unfilled_to(room));
-        ready!(Pin::new(&mut self.stream).poll_read(context, &mut part))?;
-        let bytes = part.filled().len();
-        buffer.advance(bytes);
-        Poll::Ready(if self.load.admits(bytes) {
+        let before = buffer.filled().len();
+        self.stream.set_limit(READ);
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        Poll::Ready(if self.load.admits(buffer.filled().len() - before) {
             Ok(())
         } else {
             Err(io::ErrorKind::OutOfMemory.into())
@@ -135,7 +133,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -155,22 +153,22 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.stream.get_ref().is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        Pin::new(self.stream.get_mut()).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        Pin::new(self.stream.get_mut()).poll_shutdown(context)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
+        io::{AsyncWriteExt as _, duplex},
         time::timeout,
     };
 
