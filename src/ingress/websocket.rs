@@ -96,7 +96,7 @@ async fn accept(
     let mut response = upgrade
         .max_message_size(MESSAGE_BYTES)
         .max_frame_size(MESSAGE_BYTES)
-        .read_buffer_size(16 << 10)
+        .read_buffer_size(8 << 10)
         .on_upgrade(move |socket| async move {
             Client {
                 state,

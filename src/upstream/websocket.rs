@@ -34,7 +34,7 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 const MESSAGE_BYTES: usize = 64 << 20;
 
 /// Read at once. As much is cleared before each read, and up to twice as much is held by an idle socket.
-const READ: usize = 8 << 10;
+const READ: usize = 4 << 10;
 
 /// A larger frame is written past the library's buffer, which would stay as large for as long as the socket is open.
 const LARGE: usize = 16 << 10;
