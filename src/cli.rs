@@ -58,6 +58,23 @@ pub struct Cli {
 enum Command {
     /// Run the service
     Serve,
+    #[command(flatten)]
+    Work(Work),
+    /// Look at everything that the service stands on, and say what to do
+    Doctor(doctor::DoctorArgs),
+    /// Bring the database schema up to date
+    Migrate,
+    /// Check the settings and print them
+    Config {
+        /// Fail on unknown DRAWBRIDGE_* names, and on keys, certificates and URLs that cannot be read
+        #[arg(long)]
+        strict: bool,
+    },
+}
+
+/// The commands that work on the database.
+#[derive(Debug, Subcommand)]
+enum Work {
     /// The pool's accounts
     #[command(subcommand)]
     Accounts(accounts::AccountsCommand),
@@ -80,16 +97,19 @@ enum Command {
         /// The id of a turn or of a request, as the log has it
         id: TurnId,
     },
-    /// Look at everything that the service stands on, and say what to do
-    Doctor(doctor::DoctorArgs),
-    /// Bring the database schema up to date
-    Migrate,
-    /// Check the settings and print them
-    Config {
-        /// Fail on unknown DRAWBRIDGE_* names, and on keys, certificates and URLs that cannot be read
-        #[arg(long)]
-        strict: bool,
-    },
+}
+
+impl Work {
+    async fn run(self, context: &Context) -> anyhow::Result<()> {
+        match self {
+            Self::Accounts(command) => accounts::run(command, context).await,
+            Self::Quota { account } => quota::run(account.as_deref(), context).await,
+            Self::Keys(command) => keys::run(command, context).await,
+            Self::Replicas(command) => replicas::run(command, context).await,
+            Self::Leases(command) => leases::run(command, context).await,
+            Self::Explain { id } => explain::run(id, context).await,
+        }
+    }
 }
 
 /// What a command works with.
@@ -102,6 +122,8 @@ pub struct Context {
     pub installation: Installation,
     /// The upstream.
     pub upstream: config::Upstream,
+    /// The times of the protocol between replicas.
+    pub timing: Timing,
     /// Whether to print JSON.
     pub json: bool,
 }
@@ -193,42 +215,8 @@ impl Cli {
                 BadConfiguration::none(unfit(&config))?;
                 return serve(config).await;
             }
-            Command::Accounts(command) => {
-                with_context(&config, self.json, async |context| {
-                    accounts::run(command, context).await
-                })
-                .await?;
-            }
-            Command::Quota { account } => {
-                with_context(&config, self.json, async |context| {
-                    quota::run(account.as_deref(), context).await
-                })
-                .await?;
-            }
-            Command::Keys(command) => {
-                with_context(&config, self.json, async |context| {
-                    keys::run(command, context).await
-                })
-                .await?;
-            }
-            Command::Replicas(command) => {
-                let timing = Timing::FULL.scaled(config.time_scale);
-                with_context(&config, self.json, async |context| {
-                    replicas::run(command, timing, context).await
-                })
-                .await?;
-            }
-            Command::Leases(command) => {
-                with_context(&config, self.json, async |context| {
-                    leases::run(command, context).await
-                })
-                .await?;
-            }
-            Command::Explain { id } => {
-                with_context(&config, self.json, async |context| {
-                    explain::run(id, context).await
-                })
-                .await?;
+            Command::Work(work) => {
+                with_context(&config, self.json, async |context| work.run(context).await).await?;
             }
             Command::Doctor(args) => {
                 return doctor::run(args, &config, &unknown, self.json).await;
@@ -356,6 +344,7 @@ async fn with_context(
         ring,
         installation,
         upstream: config.upstream.clone(),
+        timing: Timing::FULL.scaled(config.time_scale),
         json,
     };
     let announced = context.db.announced();

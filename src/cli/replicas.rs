@@ -4,7 +4,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::Context;
-use crate::replica::{self, Listed, Timing};
+use crate::replica::{self, Listed};
 
 /// What to do with replicas.
 #[derive(Debug, Subcommand)]
@@ -17,13 +17,9 @@ pub(super) enum ReplicasCommand {
 ///
 /// # Errors
 /// Of the database.
-pub(super) async fn run(
-    command: ReplicasCommand,
-    timing: Timing,
-    context: &Context,
-) -> anyhow::Result<()> {
+pub(super) async fn run(command: ReplicasCommand, context: &Context) -> anyhow::Result<()> {
     let ReplicasCommand::List = command;
-    let replicas = replica::list(&context.db, timing).await?;
+    let replicas = replica::list(&context.db, context.timing).await?;
     if context.json {
         say!("{}", json!(replicas));
     } else {
