@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::rig::{Drawbridge, client, per_unit};
 
 /// Turns by each way.
-const TURNS: u64 = 300;
+const TURNS: u64 = 2_000;
 
 /// Times of whole turns in milliseconds, by way, and what the hop adds.
 pub(super) async fn measure(
