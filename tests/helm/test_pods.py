@@ -32,7 +32,6 @@ def test_every_setting_is_one_of_the_program_and_every_one_can_be_set():
 
 def test_the_values_have_the_programs_defaults():
     defaults = dict(re.findall(r'"(DRAWBRIDGE_\w+)",\s*self\.\w+,\s*"([^"]*)"', SOURCE["config"]))
-    defaults["DRAWBRIDGE_LOG"] = re.search(r'self\.log\.unwrap_or_else\(\|\| "(\w+)"', SOURCE["config"])[1]
     # Collectors parse it.
     defaults["DRAWBRIDGE_LOG_FORMAT"] = "json"
     values = yaml.safe_load((CHART / "values.yaml").read_text())
