@@ -247,11 +247,12 @@ fn remembered(paths: &Paths<'_>) -> Vec<Violation> {
         let told = call.style == Style::CodexSocket && code == "previous_response_not_found";
         let since = chain.first().and_then(|(_, parent)| *parent);
         let moved = || {
-            let from = since.map_or(call.began, |parent| parent.began);
-            let path = Path {
-                from,
-                ..paths.of(call)
-            };
+            let mut path = paths.of(call);
+            if let Some(parent) = since {
+                // The session may have ended where it ran, before this call came and found no owner any more.
+                path.from = parent.began;
+                path.replicas.extend(paths.of(parent).replicas);
+            }
             paths.met(&path, |what| unseats(what, &path))
         };
         // Who left before the end came back while that turn still ran, and was served beside its session.

@@ -303,6 +303,18 @@ fn what_was_delivered_complete_can_be_continued_once_it_is_booked() {
         };
         assert_eq!(after(lost).is_empty(), excused, "{what:?}");
     }
+    let elsewhere = |history: &mut History| {
+        repaired(history);
+        let before = &mut history.turns[0];
+        (before.boot, before.lease) = ("other".into(), None);
+        history.boots.insert("other".into(), 1);
+    };
+    assert_eq!(after(elsewhere), ["forgotten"], "for no reason");
+    let drained = |history: &mut History| {
+        elsewhere(history);
+        strike(history, What::Drain(1));
+    };
+    assert_eq!(after(drained), NOTHING, "where the conversation was");
 }
 
 #[test]
