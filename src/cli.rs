@@ -207,8 +207,7 @@ impl Cli {
                 }
             }
             Command::Serve => {
-                telemetry::start_logs(&config.log.filter, config.log.format)
-                    .map_err(|error| BadConfiguration(vec![format!("DRAWBRIDGE_LOG: {error}")]))?;
+                telemetry::start_logs(&config.log.filter, config.log.format)?;
                 unknown
                     .iter()
                     .for_each(|warning| tracing::warn!("{warning}"));

@@ -1,6 +1,6 @@
 //! Reads the text of settings and collects everything that is wrong with it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::Internal;
 
@@ -40,6 +40,16 @@ impl Faults {
             self.0.push(format!("{name}={text} is not {wanted}"));
         }
         value
+    }
+
+    /// The path, unless it is an empty text.
+    pub(super) fn path(&mut self, name: &str, given: Option<PathBuf>) -> Option<PathBuf> {
+        let path = given?;
+        if path.as_os_str().is_empty() {
+            self.0.push(format!("{name} is set but empty"));
+            return None;
+        }
+        Some(path)
     }
 
     pub(super) fn internal(

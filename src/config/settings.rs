@@ -257,7 +257,7 @@ pub struct Settings {
     pub(super) test_time_scale: Option<String>,
 }
 
-/// Of any text: an empty one is a fault like any other.
+/// Of any text: clap would refuse an empty one by itself, not as a fault among the others.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
 }
