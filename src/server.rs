@@ -8,7 +8,7 @@ mod connection;
 mod gauges;
 mod health;
 mod operator;
-mod stall;
+mod stream;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -172,20 +172,17 @@ impl Server {
             },
             &tasks,
         );
-        // A new incarnation may be one on another timeline of the database.
-        let (mut boots, doubting, stop) = (replica.boots(), bus.clone(), tasks.stopping());
-        drop(tasks.spawn("doubts", async move {
-            let doubts = async {
+        let (mut boots, stop) = (replica.boots(), tasks.stopping());
+        let (retiring, doubting) = (engine.clone(), bus.clone());
+        drop(tasks.spawn("incarnations", async move {
+            let follow = async {
                 while boots.changed().await.is_ok() {
+                    retiring.retire_others(*boots.borrow_and_update());
+                    // It may be one on another timeline of the database.
                     doubting.doubt();
                 }
             };
-            stop.run_until_cancelled(doubts).await;
-        }));
-        let following = engine.clone().follow_incarnations();
-        let stop = tasks.stopping();
-        drop(tasks.spawn("incarnations", async move {
-            stop.run_until_cancelled(following).await;
+            stop.run_until_cancelled(follow).await;
         }));
         let bytes = turn::Budget::default();
         if let Some(internal) = internal {

@@ -1,4 +1,5 @@
-//! The only place that spawns. Every task has a name, is counted while it runs, and is waited for when the process drains.
+//! The only place that spawns. Every task has a name, is counted while it runs, and is waited for when the process drains; an
+//! [`errand`] alone is not, since nobody needs its end.
 //!
 //! An *essential* task (heartbeat, bus, view) must not end before the process stops: if it does, the process is asked to drain and exits
 //! with a failure instead of limping on.

@@ -43,7 +43,7 @@ use self::{registry::Registry, relay::Receiver};
 use crate::{
     account::{Accounts, sticky::Sticky},
     api_key::{ApiKeys, Key},
-    ids::{AccountId, ApiKeyId, LeaseId, ScopeId, TurnId},
+    ids::{AccountId, ApiKeyId, BootId, LeaseId, ScopeId, TurnId},
     lease::Leases,
     ledger::{self, Ledger},
     protocol::{
@@ -397,13 +397,9 @@ impl Engine {
         self.0.sessions.count()
     }
 
-    /// Gives up what earlier incarnations of this process owned, whenever a new one begins. Ends with the process.
-    pub async fn follow_incarnations(self) {
-        let mut boots = self.0.replica.boots();
-        while boots.changed().await.is_ok() {
-            let boot = *boots.borrow_and_update();
-            self.0.sessions.retire_others(boot);
-        }
+    /// Gives up what other incarnations of this process owned.
+    pub fn retire_others(&self, boot: BootId) {
+        self.0.sessions.retire_others(boot);
     }
 
     /// What a client may see of quota: the one place where its grants and the setting meet.

@@ -15,7 +15,7 @@ use tower::ServiceExt as _;
 
 use super::{
     Phase,
-    stall::{Impatient, Load},
+    stream::{Guarded, Load},
 };
 use crate::{
     ingress::{Peer, Place},
@@ -70,7 +70,7 @@ async fn serve(stream: TcpStream, peer: Peer, router: Router, phase: Phase, plac
     let draining = phase.draining.clone();
     let held = place.clone();
     let load = Load::default();
-    let stream = Impatient::new(stream, load.clone());
+    let stream = Guarded::new(stream, load.clone());
     let service = service_fn(move |request: Request<Incoming>| {
         let router = router.clone();
         let draining = draining.clone();

@@ -1,7 +1,8 @@
-//! Gives up on clients that do not read: an answer whose turn is over must not hold its connection for ever. And on those whose messages
-//! would be more than the replica may hold: a socket tells of a message only when it is whole.
+//! A connection's stream as hyper gets it, which keeps what one client may cost.
 //!
-//! While a turn runs, the turn itself decides about a slow client; a socket does so all along.
+//! Who takes nothing for a minute loses the connection: an answer whose turn is over must not hold it for ever. While a turn runs, the
+//! turn itself decides about a slow client; a socket does so all along. Reads are small, so that hyper's room for them is. And what
+//! arrives of a socket's message is counted before it is whole, since only then the socket tells of it.
 
 use std::{
     io::{self, IoSlice},
@@ -67,8 +68,8 @@ impl Load {
     }
 }
 
-/// A stream whose writes fail when they stall.
-pub(super) struct Impatient<S> {
+/// A stream whose writes fail when they stall, and whose reads when they are too much.
+pub(super) struct Guarded<S> {
     stream: Take<S>,
     load: Load,
     stalled: Option<Stalled>,
@@ -80,7 +81,7 @@ struct Stalled {
     watched: bool,
 }
 
-impl<S: AsyncRead + Unpin> Impatient<S> {
+impl<S: AsyncRead + Unpin> Guarded<S> {
     pub(super) fn new(stream: S, load: Load) -> Self {
         Self {
             stream: stream.take(0),
@@ -116,7 +117,7 @@ impl<S: AsyncRead + Unpin> Impatient<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -133,7 +134,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -180,7 +181,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_takes_nothing_for_a_minute_loses_its_connection() {
         let (ours, mut theirs) = duplex(1);
-        let mut ours = Impatient::new(ours, Load::default());
+        let mut ours = Guarded::new(ours, Load::default());
         let reads = async {
             for _ in 0..9 {
                 tokio::time::sleep(PATIENCE - Duration::from_secs(1)).await;
@@ -198,7 +199,7 @@ mod tests {
     #[tokio::test]
     async fn a_read_stays_below_what_would_make_the_next_buffer_larger() {
         let (ours, mut theirs) = duplex(1 << 20);
-        let mut ours = Impatient::new(ours, Load::default());
+        let mut ours = Guarded::new(ours, Load::default());
         theirs.write_all(&[7; 20_000]).await.unwrap();
         drop(theirs);
         let (mut all, mut buffer) = (Vec::new(), vec![0; 1 << 20]);
@@ -217,7 +218,7 @@ mod tests {
     async fn a_turn_and_a_socket_decide_for_themselves_and_the_end_of_a_turn_waits_for_a_minute() {
         let (ours, _theirs) = duplex(1);
         let load = Load::default();
-        let mut ours = Impatient::new(ours, load.clone());
+        let mut ours = Guarded::new(ours, load.clone());
         let (sender, receiver) = relay::channel::<Item>();
         let mut response = Response::new(());
         response.extensions_mut().insert(receiver.watch());
@@ -231,7 +232,7 @@ mod tests {
         response.extensions_mut().insert(Inbox::default());
         load.carries(&mut response);
         let (ours, _theirs) = duplex(1);
-        let mut ours = Impatient::new(ours, load);
+        let mut ours = Guarded::new(ours, load);
         assert!(timeout(HOUR, ours.write_all(b"socket")).await.is_err());
     }
 }
