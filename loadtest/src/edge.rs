@@ -13,6 +13,7 @@ use std::{
 };
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use rustix::net::Shutdown;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
@@ -139,7 +140,7 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
         // Without a listener the kernel refuses, as it would for a process that is gone.
         let refuses = *line.mode.borrow_and_update() == Mode::Refuse;
         if refuses {
-            for here in listener.take().into_iter().flat_map(queued) {
+            for here in listener.take().into_iter().flat_map(close) {
                 tokio::spawn(line.clone().serve(here));
             }
         } else if listener.is_none() {
@@ -148,7 +149,12 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
         let accepted = async {
             match &listener {
                 Some(listener) => listener.accept().await,
-                None => std::future::pending().await,
+                None if refuses => std::future::pending().await,
+                // Somebody else has the port at the moment.
+                None => {
+                    sleep(Duration::from_millis(10)).await;
+                    Err(io::ErrorKind::AddrInUse.into())
+                }
             }
         };
         tokio::select! {
@@ -166,8 +172,8 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
     }
 }
 
-/// The connections that exist for their clients already: the kernel would reset them with the listener.
-fn queued(listener: TcpListener) -> Vec<TcpStream> {
+/// Stops to listen, and yields the connections that exist for their clients already: the kernel would reset them.
+fn close(listener: TcpListener) -> Vec<TcpStream> {
     let Ok(listener) = listener.into_std() else {
         return Vec::new();
     };
@@ -176,7 +182,10 @@ fn queued(listener: TcpListener) -> Vec<TcpStream> {
         here.set_nonblocking(true).ok()?;
         TcpStream::from_std(here).ok()
     });
-    accepted.collect()
+    let accepted = accepted.collect();
+    // Closed alone, it would live on in whatever process this one is just starting, and reset who connects when that execs.
+    let _ = rustix::net::shutdown(&listener, Shutdown::Both);
+    accepted
 }
 
 impl Line {
@@ -255,8 +264,11 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::os::fd::AsFd as _;
+
     use tokio::time::timeout;
+
+    use super::*;
 
     const SOON: Duration = Duration::from_secs(5);
     const SILENCE: Duration = Duration::from_millis(100);
@@ -312,6 +324,19 @@ mod tests {
                 assert_eq!(byte(&mut early).await.unwrap(), b'a');
             }
         }
+    }
+
+    #[tokio::test]
+    async fn who_refuses_does_so_while_a_process_is_started() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        // What a child has between its fork and its exec.
+        let child = listener.as_fd().try_clone_to_owned().unwrap();
+        assert!(close(listener).is_empty());
+        let refused = TcpStream::connect(address).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        TcpListener::bind(address).await.unwrap();
+        drop(child);
     }
 
     #[tokio::test]

@@ -301,9 +301,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_connection_sent_nothing() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        drop(listener);
+        // Bound, and nobody listens.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
         let error = refresh(&fake::client(), &url, &"old-refresh".into())
             .await
             .unwrap_err();

@@ -167,8 +167,10 @@ async fn only_calls_are_served_at_the_internal_listener() {
 
 #[tokio::test]
 async fn nobody_at_the_address_is_silence_at_once() {
-    let (listener, url) = listener().await;
-    drop(listener);
+    // Bound, and nobody listens.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("http://{}", socket.local_addr().unwrap());
     for endpoint in [url.as_str(), "http://", "not a url"] {
         let answer = client()
             .send(endpoint, &envelope(BootId::new()), Bytes::new())
