@@ -7,6 +7,7 @@
 //! snapshots, turns, key counters, `bus_versions` (topics alphabetically, last).
 
 mod clock;
+mod connection;
 pub mod dependents;
 pub mod embedded;
 mod error;
@@ -21,12 +22,13 @@ mod tx;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use tokio::{sync::watch, time::timeout};
+use tokio::sync::watch;
 use tokio_postgres::{Client, Config, Row, types::ToSql};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 pub use self::{
     clock::Clock,
+    connection::Connection,
     error::{Class, Error},
     installation::{INSTALLATION_STATEMENTS, Installation, OpenError},
     migrate::{Migration, migrate, migrations},
@@ -34,7 +36,6 @@ pub use self::{
     tls::{Endpoint, EndpointError},
     tx::Tx,
 };
-use crate::task;
 
 /// Largest number of connections of the main pool.
 pub const MAIN_CONNECTIONS: usize = 16;
@@ -42,9 +43,6 @@ pub const MAIN_CONNECTIONS: usize = 16;
 const VITAL_CONNECTIONS: usize = 2;
 /// What a process has open on the direct URL: heartbeats, and LISTEN.
 pub const DIRECT_CONNECTIONS: usize = VITAL_CONNECTIONS + 1;
-
-/// For telling the server that nobody waits for an answer.
-const CANCEL: Duration = Duration::from_secs(2);
 
 /// A handle to one database; clones share its pools.
 #[derive(Clone)]
@@ -104,8 +102,7 @@ impl Db {
         let asked = Instant::now();
         let got = self.main.pool.get().await;
         crate::telemetry::pool_waited(asked.elapsed());
-        let tls = self.main.tls.clone();
-        got.map(|client| Connection { client, tls })
+        got.map(|client| Connection::new(client, self.main.tls.clone()))
             .map_err(Error::pool)
     }
 
@@ -149,8 +146,7 @@ impl Db {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
-        self.lent(async |connection| connection.all(stmt, params).await)
-            .await
+        self.connection().await?.all(stmt, params).await
     }
 
     /// Runs a statement that returns at most one row.
@@ -162,8 +158,7 @@ impl Db {
         stmt: &Stmt,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
-        self.lent(async |connection| connection.opt(stmt, params).await)
-            .await
+        self.connection().await?.opt(stmt, params).await
     }
 
     /// Runs a statement that returns exactly one row.
@@ -171,8 +166,7 @@ impl Db {
     /// # Errors
     /// Of the pool or of the statement, or if there is not one row.
     pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
-        self.lent(async |connection| connection.one(stmt, params).await)
-            .await
+        self.connection().await?.one(stmt, params).await
     }
 
     /// Runs a statement for its effect; yields the number of rows it touched.
@@ -180,19 +174,7 @@ impl Db {
     /// # Errors
     /// Of the pool or of the statement.
     pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
-        self.lent(async |connection| connection.exec(stmt, params).await)
-            .await
-    }
-
-    /// Lends a connection for one piece of work. If nobody waits for its answer any more, it is cut: the next user would have to.
-    async fn lent<T>(
-        &self,
-        work: impl AsyncFnOnce(&Connection) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let lent = Lent(Some(self.connection().await?));
-        let result = work(lent.0.as_ref().expect("taken only at the end")).await;
-        lent.give_back();
-        result
+        self.connection().await?.exec(stmt, params).await
     }
 
     /// How busy each pool is, by its name.
@@ -253,110 +235,6 @@ pub struct Load {
     pub waiting: usize,
     /// At most.
     pub limit: usize,
-}
-
-/// A connection that is cut unless it is given back.
-struct Lent(Option<Connection>);
-
-impl Lent {
-    fn give_back(mut self) {
-        drop(self.0.take());
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            connection.cut();
-        }
-    }
-}
-
-/// A connection taken from the pool; dropping it gives it back.
-pub struct Connection {
-    client: deadpool_postgres::Object,
-    tls: MakeRustlsConnect,
-}
-
-impl Connection {
-    /// Cuts the connection instead of giving it back: it owes an answer that nobody waits for any more. The server is told to stop: it
-    /// would wait for a lock, say, with its connection, while others are opened for those that ask next.
-    pub fn cut(self) {
-        let client = deadpool_postgres::Object::take(self.client);
-        let (token, tls) = (client.cancel_token(), self.tls);
-        task::errand(async move {
-            // PgBouncer does not pass it on; there it is the pooler that bounds what waits.
-            drop(timeout(CANCEL, token.cancel_query(tls)).await);
-        });
-    }
-
-    /// As [`Db::all`].
-    ///
-    /// # Errors
-    /// Of the statement.
-    pub async fn all(
-        &self,
-        stmt: &Stmt,
-        params: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, Error> {
-        crate::telemetry::statement(stmt.name);
-        self.client
-            .query_typed(stmt.sql, &stmt.typed(params))
-            .await
-            .map_err(|error| Error::statement(stmt, error))
-    }
-
-    /// As [`Db::opt`].
-    ///
-    /// # Errors
-    /// Of the statement.
-    pub async fn opt(
-        &self,
-        stmt: &Stmt,
-        params: &[&(dyn ToSql + Sync)],
-    ) -> Result<Option<Row>, Error> {
-        crate::telemetry::statement(stmt.name);
-        self.client
-            .query_typed_opt(stmt.sql, &stmt.typed(params))
-            .await
-            .map_err(|error| Error::statement(stmt, error))
-    }
-
-    /// As [`Db::one`].
-    ///
-    /// # Errors
-    /// Of the statement, or if there is not one row.
-    pub async fn one(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
-        crate::telemetry::statement(stmt.name);
-        self.client
-            .query_typed_one(stmt.sql, &stmt.typed(params))
-            .await
-            .map_err(|error| Error::statement(stmt, error))
-    }
-
-    /// As [`Db::exec`].
-    ///
-    /// # Errors
-    /// Of the statement.
-    pub async fn exec(&self, stmt: &Stmt, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
-        crate::telemetry::statement(stmt.name);
-        self.client
-            .execute_typed(stmt.sql, &stmt.typed(params))
-            .await
-            .map_err(|error| Error::statement(stmt, error))
-    }
-
-    /// Asks the server whether it accepts a statement; nothing is executed.
-    ///
-    /// # Errors
-    /// Of the statement.
-    pub async fn check(&self, stmt: &Stmt) -> Result<(), Error> {
-        self.client
-            .prepare_typed(stmt.sql, stmt.types)
-            .await
-            .map(drop)
-            .map_err(|error| Error::statement(stmt, error))
-    }
 }
 
 fn pool(endpoint: &Endpoint, size: usize) -> Result<Pool, Error> {

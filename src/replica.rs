@@ -309,26 +309,18 @@ impl Replica {
         self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs statements on a connection that is cut if they take too long. `None` if they did, or failed.
+    /// Runs statements, unless they take too long. `None` if they did, or failed.
     async fn patiently<T>(
         &self,
         what: &'static str,
         work: impl AsyncFnOnce(&Connection) -> Result<T, Error>,
     ) -> Option<T> {
         let limit = (Instant::now() + self.timing.patience).into();
-        let connection = timeout_at(limit, self.db.connection()).await;
-        let result = match connection {
-            Ok(Ok(connection)) => match timeout_at(limit, work(&connection)).await {
-                Ok(result) => Ok(result),
-                Err(late) => {
-                    connection.cut();
-                    Err(late)
-                }
-            },
-            Ok(Err(error)) => Ok(Err(error)),
-            Err(late) => Err(late),
-        };
-        match result {
+        let result = timeout_at(limit, async {
+            let connection = self.db.connection().await?;
+            work(&connection).await
+        });
+        match result.await {
             Ok(Ok(value)) => return Some(value),
             Ok(Err(error)) => tracing::warn!(%error, "no {what}"),
             Err(_) => tracing::warn!("no {what}: the database does not answer in time"),

@@ -82,6 +82,12 @@ impl Error {
         }
     }
 
+    /// A server that does not say anything to a statement.
+    pub(crate) fn mute(statement: &'static str) -> Self {
+        crate::telemetry::statement_failed(statement, Class::Unavailable.label());
+        Self::unavailable(statement, "the database does not answer".to_owned())
+    }
+
     pub(super) fn pool(error: PoolError) -> Self {
         let error = match error {
             PoolError::Backend(error) => Self::postgres("connecting", error),
