@@ -89,6 +89,14 @@ pub struct AccountEntry {
     pub models: Option<Arc<BTreeSet<String>>>,
 }
 
+impl Error {
+    /// Whether the same may succeed later.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Db(error) if error.is_passing())
+    }
+}
+
 /// An account as its operator sees it. It carries an e-mail address, so it does not print.
 #[derive(Clone, Serialize)]
 pub struct Listed {

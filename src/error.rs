@@ -456,6 +456,7 @@ impl ApiError {
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         let code = match failure.class {
+            Class::Database => Code::ContinuityUnavailable,
             Class::Network => Code::UpstreamUnavailable,
             Class::Timeout(_) => Code::UpstreamTimeout,
             Class::Truncated => Code::UpstreamPrematureClose,

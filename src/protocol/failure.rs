@@ -73,6 +73,8 @@ pub enum Class {
     ConnectionLimit,
     /// The request is at fault.
     Request,
+    /// Our own database did not answer before anything was sent.
+    Database,
     /// Our way to upstream failed: DNS, connect, TLS, reset.
     Network,
     /// A deadline passed.
@@ -100,6 +102,7 @@ impl Class {
             Self::PreviousResponseNotFound => "previous_response_not_found",
             Self::ConnectionLimit => "connection_limit",
             Self::Request => "request",
+            Self::Database => "database",
             Self::Network => "network",
             Self::Timeout(deadline) => deadline.name(),
             Self::Truncated => "truncated",

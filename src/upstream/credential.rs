@@ -1,6 +1,7 @@
 //! Tokens that upstream takes, for every account of the pool.
 //!
-//! Opened credentials are kept in memory until something about accounts changes. A refresh token can be spent once: however many callers
+//! Opened credentials are kept in memory, and read again once something about accounts has changed; while the database is away, what was
+//! read before will do. A refresh token can be spent once: however many callers
 //! need fresh tokens, on however many replicas, one task exchanges it under a claim, outlives the callers, and stores the result before
 //! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what
 //! happens to an account whose login was refused is decided by the generation that was refused.
@@ -18,6 +19,7 @@ use futures_util::{
 };
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
@@ -49,6 +51,8 @@ const CLAIM: Duration = Duration::from_secs(5);
 /// How often a replica looks whether the exchange of another has ended, and how long it does.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the database may take to say what it holds.
+const READ: Duration = Duration::from_secs(2);
 /// Logins that are kept fresh at once: an endpoint that hangs keeps each for many seconds.
 const AT_ONCE: usize = 4;
 /// How long a refused replica waits for a peer that may have won the exchange to store its result.
@@ -99,6 +103,18 @@ impl CredentialError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Unknown | Self::LoginRequired)
+    }
+}
+
+impl From<account::Error> for CredentialError {
+    fn from(error: account::Error) -> Self {
+        Self::Db(Arc::new(error))
+    }
+}
+
+impl From<db::Error> for CredentialError {
+    fn from(error: db::Error) -> Self {
+        account::Error::from(error).into()
     }
 }
 
@@ -233,7 +249,8 @@ type Flight = Shared<BoxFuture<'static, Result<Arc<Credential>, CredentialError>
 
 #[derive(Default)]
 struct Slot {
-    opened: Option<Opened>,
+    /// What was last read, and in which epoch.
+    opened: Option<(u64, Opened)>,
     flight: Option<Flight>,
     /// The generation whose exchange did not help, and until when it is left alone.
     failed: Option<(i64, Timestamp)>,
@@ -241,7 +258,7 @@ struct Slot {
 
 #[derive(Default)]
 struct Known {
-    /// How often accounts have changed: what was read before a change is not kept after it.
+    /// How often accounts have changed: what was read before a change is read again after it.
     epoch: u64,
     slots: HashMap<AccountId, Slot>,
 }
@@ -264,12 +281,14 @@ impl Inner {
     ) -> Result<Arc<Credential>, Flight> {
         let now = self.clock.now();
         let mut known = self.known();
+        let current = known.epoch;
         let slot = known.slots.entry(account).or_default();
         // What upstream refused to one caller is not given to the next.
         slot.opened
-            .take_if(|opened| !freshness.accepts(opened.credential.generation));
-        let Some(opened) = slot.opened.as_ref().filter(|opened| opened.is_good(now)) else {
-            return Err(self.flight(&mut known, account, freshness, false));
+            .take_if(|(_, opened)| !freshness.accepts(opened.credential.generation));
+        let opened = match &slot.opened {
+            Some((epoch, opened)) if *epoch == current && opened.is_good(now) => opened,
+            _ => return Err(self.flight(&mut known, account, freshness, false)),
         };
         let credential = Arc::clone(&opened.credential);
         if now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now) {
@@ -308,7 +327,19 @@ impl Inner {
         renew: bool,
         epoch: u64,
     ) -> Result<Arc<Credential>, CredentialError> {
-        let (stored, now) = (self.read(account).await?, self.clock.now());
+        let read = timeout(READ, self.read(account)).await;
+        let read = read.unwrap_or_else(|_| Err(db::Error::mute("reading a login").into()));
+        if let Err(CredentialError::Db(error)) = &read
+            && error.is_passing()
+            && let Some(remembered) = self.remembered(account, freshness)
+        {
+            return Ok(remembered);
+        }
+        if read.as_ref().is_err_and(CredentialError::is_final) {
+            self.known().slots.entry(account).or_default().opened = None;
+        }
+        let stored = read?;
+        let now = self.clock.now();
         let mut opened = Opened::new(&stored);
         let good = freshness.accepts(stored.generation) && opened.is_good(now);
         if !good || (renew && now >= opened.refresh_at) {
@@ -323,11 +354,16 @@ impl Inner {
             }
         }
         let credential = Arc::clone(&opened.credential);
-        let mut known = self.known();
-        if known.epoch == epoch {
-            known.slots.entry(account).or_default().opened = Some(opened);
-        }
+        self.known().slots.entry(account).or_default().opened = Some((epoch, opened));
         Ok(credential)
+    }
+
+    /// A credential that was good when it was last read.
+    fn remembered(&self, account: AccountId, freshness: Freshness) -> Option<Arc<Credential>> {
+        let (known, now) = (self.known(), self.clock.now());
+        let (_, opened) = known.slots.get(&account)?.opened.as_ref()?;
+        let good = freshness.accepts(opened.credential.generation) && opened.is_good(now);
+        good.then(|| Arc::clone(&opened.credential))
     }
 
     /// Has the stored refresh token spent, by this replica or by another, and yields what is stored afterwards: always a newer generation.
@@ -344,7 +380,7 @@ impl Inner {
                 return Err(CredentialError::Transient);
             }
             let claimed = self.accounts.claim(stored.id, CLAIM).await;
-            let claim = claimed.map_err(|error| CredentialError::Db(Arc::new(error.into())))?;
+            let claim = claimed?;
             // Only what is read under the claim may be spent: a peer may have done it since.
             let after = self.read(account).await;
             match (claim, after) {
@@ -478,7 +514,7 @@ impl Inner {
                 Ok(_) => return Ok(()),
                 Err(error) if pause > STORE_PAUSE_MAX => {
                     tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");
-                    return Err(CredentialError::Db(Arc::new(error)));
+                    return Err(error.into());
                 }
                 Err(error) => {
                     tracing::warn!(account_id = %account, %error, "fresh tokens cannot be stored yet")
@@ -491,11 +527,7 @@ impl Inner {
 
     /// What is stored of an account that may be logged in.
     async fn read(&self, account: AccountId) -> Result<Stored, CredentialError> {
-        let stored = self
-            .accounts
-            .credential(account)
-            .await
-            .map_err(|error| CredentialError::Db(Arc::new(error)))?;
+        let stored = self.accounts.credential(account).await?;
         let stored = stored.ok_or(CredentialError::Unknown)?;
         match stored.lifecycle {
             Lifecycle::Active | Lifecycle::Paused => Ok(stored),
@@ -510,8 +542,9 @@ impl Inner {
         let mut known = self.known();
         known.epoch += 1;
         known.slots.retain(|_, slot| {
-            slot.opened = None;
-            slot.flight.is_some() || slot.failed.is_some_and(|(_, until)| now < until)
+            slot.opened.take_if(|(_, opened)| !opened.is_good(now));
+            let failed = slot.failed.is_some_and(|(_, until)| now < until);
+            slot.opened.is_some() || slot.flight.is_some() || failed
         });
     }
 

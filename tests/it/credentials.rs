@@ -2,13 +2,17 @@
 //!
 //! The token endpoint of most of these tests answers when the test does, so that every race happens in the order that is tested.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use axum::{Json, Router, http::StatusCode, routing::post};
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use drawbridge::{
     account::{Accounts, AuthFile, Claim},
     bus::Bus,
+    db::Db,
     ids::AccountId,
     routing::Lifecycle,
     secret::{KeyRing, Pepper},
@@ -18,7 +22,7 @@ use drawbridge::{
 use futures_util::future::join_all;
 use jiff::{SignedDuration, Timestamp};
 use loadtest::upstream::Upstream;
-use secrecy::ExposeSecret as _;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
@@ -75,9 +79,14 @@ async fn import(accounts: &Accounts, file: &str) -> AccountId {
 }
 
 async fn accounts(store: &Store) -> Accounts {
-    store.db.learn_time().await.unwrap();
-    let ring = KeyRing::parse(&KeyRing::generate("k1")).unwrap();
-    Accounts::new(store.db.clone(), ring, Pepper::new([7; 32]))
+    accounts_through(&store.db).await
+}
+
+async fn accounts_through(db: &Db) -> Accounts {
+    static RING: LazyLock<SecretString> = LazyLock::new(|| KeyRing::generate("k1"));
+    db.learn_time().await.unwrap();
+    let ring = KeyRing::parse(&RING).unwrap();
+    Accounts::new(db.clone(), ring, Pepper::new([7; 32]))
 }
 
 /// Status, reason and plan of the only account.
@@ -512,6 +521,42 @@ async fn a_new_login_brings_an_account_back_everywhere() {
         assert!(matches!(gone, Err(CredentialError::Unknown)));
     }
     assert!(desk.is_quiet());
+}
+
+#[tokio::test]
+async fn what_was_read_before_a_change_will_do_while_the_database_is_away() {
+    let store = Store::direct().await;
+    let accounts = accounts(&store).await;
+    let id = FIRST.import(&accounts, &store).await;
+    let desk = Desk::open().await;
+    let (db, network) = store.behind_chaos().await;
+    let replica = Replica::start(&store, &accounts_through(&db).await, &desk.url).await;
+    assert_eq!(replica.any(id).await.unwrap().generation, 1);
+
+    network.hang();
+    accounts.pause(id).await.unwrap();
+    loop {
+        let began = Instant::now();
+        assert_eq!(replica.any(id).await.unwrap().generation, 1);
+        // Until the change is heard, nobody is asked.
+        if began.elapsed() > Duration::from_secs(1) {
+            break;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+
+    network.heal();
+    accounts.delete(id).await.unwrap();
+    until("the account is gone", async || {
+        matches!(replica.any(id).await, Err(CredentialError::Unknown))
+    })
+    .await;
+    network.hang();
+    let away = replica.any(id).await.unwrap_err();
+    assert!(
+        matches!(&away, CredentialError::Db(error) if error.is_passing()),
+        "{away}"
+    );
 }
 
 #[tokio::test]

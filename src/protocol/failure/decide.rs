@@ -146,6 +146,9 @@ pub fn decide(failure: &Failure, phase: Phase, tries: Tries) -> (Next, Effect) {
         (Class::Overloaded, BeforeSend | Sent) => (other, Effect::None),
         (Class::Overloaded, Created | Visible) => (Next::Surface, Effect::None),
 
+        // Ours: another account's login may be in memory.
+        (Class::Database, _) => (other, Effect::None),
+
         // The way there. A stream that breaks off is repeated once, without a tour of the pool.
         (Class::ConnectionLimit, _) => (once(other), Effect::None),
         (Class::Network, BeforeSend) => (once(other), Effect::None),
@@ -222,7 +225,7 @@ mod tests {
         assert_eq!(tries, all);
     }
 
-    const EVERY_CLASS: [Class; 16] = [
+    const EVERY_CLASS: [Class; 17] = [
         Class::RateLimit,
         Class::Quota,
         Class::Auth,
@@ -234,6 +237,7 @@ mod tests {
         Class::PreviousResponseNotFound,
         Class::ConnectionLimit,
         Class::Request,
+        Class::Database,
         Class::Network,
         Class::Timeout(Deadline::Idle),
         Class::Truncated,
@@ -339,6 +343,10 @@ mod tests {
         ];
         an_oversized_event_ends_the_request: Class::TooLarge => [
             (Sent, FIRST, Next::Surface, Effect::None),
+        ];
+        a_database_that_is_away_is_no_accounts_fault: Class::Database => [
+            (BeforeSend, FIRST, Next::NextAccount, Effect::None),
+            (BeforeSend, LAST, Next::Surface, Effect::None),
         ];
         a_client_that_left_blames_nobody: Class::Cancelled => [
             (Sent, FIRST, Next::Surface, Effect::None),

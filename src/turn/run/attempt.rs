@@ -342,15 +342,23 @@ impl Turn<'_> {
         quota::pool_view(&self.engine.upstream.view(), self.now(), seen).event(seen)
     }
 
-    /// A credential that cannot be had is upstream's refusal in other words.
+    /// A credential that cannot be had is upstream's refusal in other words, or our own trouble.
     fn no_credential(&self, error: &CredentialError) -> Failure {
-        let class = if error.is_final() {
-            Class::Deactivated
-        } else {
-            Class::Transient
+        let (class, message) = match error {
+            CredentialError::Unknown | CredentialError::LoginRequired => (
+                Class::Deactivated,
+                "No account of the pool is signed in upstream at the moment.",
+            ),
+            CredentialError::Db(error) if error.is_passing() => (
+                Class::Database,
+                "The service cannot read an account's login at the moment, so the request was not sent; try again.",
+            ),
+            CredentialError::Transient | CredentialError::Db(_) => {
+                (Class::Transient, "Upstream cannot be asked at the moment.")
+            }
         };
         tracing::warn!(turn_id = %self.ask.id, %error, "no fresh credential");
-        Failure::local(class, "Upstream cannot be asked at the moment", self.now())
+        Failure::local(class, message, self.now())
     }
 }
 
