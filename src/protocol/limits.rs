@@ -30,9 +30,11 @@ impl Family {
     /// The family of ordinary traffic.
     pub const CODEX: Self = Self(Cow::Borrowed("codex"));
 
-    /// A family by any of its spellings: lower case, with underscores. Nothing said means [`Family::CODEX`].
+    /// A family by any of its spellings: lower case, with underscores, and no longer than a name. Nothing said means [`Family::CODEX`].
     pub fn new(name: &str) -> Self {
-        match name.trim().to_ascii_lowercase().replace('-', "_") {
+        let letters = name.trim().chars().filter(|letter| !letter.is_control());
+        let name: String = letters.take(64).collect();
+        match name.to_ascii_lowercase().replace('-', "_") {
             name if name.is_empty() || name == "codex" => Self::CODEX,
             name => Self(Cow::Owned(name)),
         }
@@ -189,6 +191,8 @@ mod tests {
 
     #[test]
     fn a_family_has_one_spelling() {
+        assert_eq!(Family::new("a\0b").as_str(), "ab");
+        assert_eq!(Family::new(&"é".repeat(1_000)).as_str().chars().count(), 64);
         for name in ["", " codex ", "CODEX"] {
             assert_eq!(Family::new(name), Family::default(), "{name}");
         }

@@ -64,6 +64,8 @@ fn by_code(code: &str) -> Option<Class> {
 /// What only the sentence tells. `message` is in lower case; `general` is what the code said.
 fn by_message(error: &ErrorBody, message: &str, general: Option<Class>) -> Option<Class> {
     let says = |words: &str| message.contains(words);
+    // A refusal of a request may quote what the client wrote: it says nothing of the account.
+    let refused = matches!(error.status, Some(401 | 403)) || general == Some(Class::Auth);
     let anchor =
         says("previous_response_id") || error.param.as_deref() == Some("previous_response_id");
     if says("selected model is at capacity") {
@@ -74,15 +76,19 @@ fn by_message(error: &ErrorBody, message: &str, general: Option<Class>) -> Optio
         || is_lost_anchor(message)
     {
         Some(Class::PreviousResponseNotFound)
-    } else if says("account has been deactivated") {
+    } else if refused && says("account has been deactivated") {
         Some(Class::Deactivated)
-    } else if says("session has ended")
-        || says("log in again")
-        || says("sign in again")
-        || says("signing in again")
+    } else if refused
+        && [
+            "session has ended",
+            "log in again",
+            "sign in again",
+            "signing in again",
+        ]
+        .into_iter()
+        .any(says)
     {
-        let refused = error.status == Some(401) || general == Some(Class::Auth);
-        refused.then_some(Class::ReauthRequired)
+        Some(Class::ReauthRequired)
     } else {
         None
     }
@@ -189,6 +195,15 @@ mod tests {
                 "",
                 Deactivated,
             ),
+            (
+                400,
+                "",
+                "invalid_request_error",
+                "No tool output found for function call account has been deactivated.",
+                "",
+                Request,
+            ),
+            (0, "", "", "account has been deactivated", "", Request),
             (500, "", "", "", "", Transient),
             (502, "", "", "", "", Transient),
             (0, "server_error", "", "", "", Transient),

@@ -6,7 +6,7 @@ use http::HeaderMap;
 use serde_json::Value;
 
 use super::{Credits, Family, Observation, Window, WindowSample};
-use crate::protocol::lenient::{deadline, flag, number, text, whole};
+use crate::protocol::lenient::{HORIZON, deadline, flag, number, text, whole};
 
 /// Where upstream put a window. It says what the window usually is, for the feeds that give no duration.
 #[derive(Clone, Copy)]
@@ -199,11 +199,11 @@ fn rate_limit(family: Family, limit: &Value, now: i64) -> Observation {
     }
 }
 
-/// The reset of a window as upstream wrote it, absolute before relative.
+/// The reset of a window as upstream wrote it, absolute before relative, unless nobody can believe it.
 fn reset(field: impl Fn(&str) -> Value, now: i64) -> Option<i64> {
     let absolute = whole(&field("reset-at"))
         .or_else(|| whole(&field("resets-at")))
-        .filter(|at| *at > 0);
+        .filter(|at| *at > 0 && *at <= now.saturating_add(HORIZON));
     absolute.or_else(|| Some(now.saturating_add(whole(&field("reset-after-seconds"))?.max(0))))
 }
 

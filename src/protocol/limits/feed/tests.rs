@@ -316,6 +316,11 @@ fn resets_at_in_year_2446_nan_percent_bool_reset_and_string_balance_are_ignored_
             unknown_reset.clone(),
         ),
         ("a bool", hour(json!(40), json!(true)), unknown_reset),
+        (
+            "the year 2446, and a time from now",
+            json!({"used_percent": 40, "limit_window_seconds": 18_000, "reset_at": 15_023_672_358_i64, "reset_after_seconds": 4_200}),
+            vec![window(Window::FiveHour, 40.0, Some(NOW + 4_200))],
+        ),
         ("NaN", hour(json!("NaN"), json!(NOW + 60)), vec![]),
     ] {
         assert_eq!(report(primary, json!(null)).windows, windows, "{what}");
