@@ -7,7 +7,7 @@ use std::{
 };
 
 use drawbridge::{
-    bus::{Bus, Topic},
+    bus::{self, Bus, Topic},
     db::{Db, Endpoint, Stmt, migrate},
     ids::AccountId,
     protocol::limits::{Credits, Family, Observation, UsageReport, Window, WindowSample},
@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use tokio::time::timeout;
 use tokio_postgres::types::{ToSql, Type};
 
-use crate::support::pg::TestDb;
+use crate::support::{pg::TestDb, wait};
 
 /// Long enough for a busy machine; nothing waits for it to pass.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -36,6 +36,12 @@ static DELETE_ACCOUNT: Stmt = Stmt {
 static BLOCKS: Stmt = Stmt {
     name: "test.BLOCKS",
     sql: "select blocked_at, extract(epoch from blocked_until)::bigint, reason, lifted_at from quota_blocks order by account_id",
+    types: &[],
+};
+static LIFT: Stmt = Stmt {
+    name: "test.LIFT",
+    sql: "update quota_blocks set lifted_at = blocked_at + interval '1 ms', blocked_at = blocked_at + interval '2 ms',
+        blocked_until = date_trunc('second', clock_timestamp())",
     types: &[],
 };
 static WINDOWS: Stmt = Stmt {
@@ -173,6 +179,28 @@ async fn a_block_reaches_the_other_replica_and_a_turn_served_there_lifts_it_here
     assert_eq!(restarted.snapshot(account), there.quota.snapshot(account));
     here.stop().await;
     there.stop().await;
+}
+
+#[tokio::test]
+async fn a_lift_is_heard_of_though_a_later_block_has_come_and_gone_meanwhile() {
+    let account = AccountId::new();
+    let (test, db) = database(&[account]).await;
+    let here = Replica::start(&test).await;
+    let until = db.clock().now().as_second() + 5 * 3_600;
+    here.quota
+        .block(account, &Family::CODEX, Some(until), "rate_limit_exceeded");
+    wait::until("it is stored", async || {
+        let blocks = Quota::read(&db).await.unwrap().snapshot(account).1;
+        !blocks.is_empty()
+    })
+    .await;
+    // What a peer writes that lifts it, and is refused for a moment after.
+    let tx = db.begin().await.unwrap();
+    tx.exec(&LIFT, &[]).await.unwrap();
+    bus::commit(tx, &[Topic::Quota]).await.unwrap();
+    here.sees("the lift", account, |_, blocks| !blocks.contains(&until))
+        .await;
+    here.stop().await;
 }
 
 #[tokio::test]
