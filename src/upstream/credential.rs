@@ -1,6 +1,6 @@
 //! Tokens that upstream takes, for every account of the pool.
 //!
-//! Opened credentials are kept in memory, and read again once something about accounts has changed; while the database is away, what was
+//! Opened credentials are kept in memory, and read again once something about accounts has changed; until the database has told, what was
 //! read before will do. A refresh token can be spent once: however many callers
 //! need fresh tokens, on however many replicas, one task exchanges it under a claim, outlives the callers, and stores the result before
 //! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what
@@ -18,7 +18,7 @@ use futures_util::{
     stream,
 };
 use jiff::{SignedDuration, Timestamp};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -52,7 +52,7 @@ const CLAIM: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the database may take to say what it holds.
-const READ: Duration = Duration::from_secs(2);
+const READ: Duration = Duration::from_secs(5);
 /// Logins that are kept fresh at once: an endpoint that hangs keeps each for many seconds.
 const AT_ONCE: usize = 4;
 /// How long a refused replica waits for a peer that may have won the exchange to store its result.
@@ -273,7 +273,7 @@ struct Inner {
 }
 
 impl Inner {
-    /// The credential in memory, or the flight that fetches one. One that is good but due is renewed meanwhile.
+    /// The credential in memory, or the flight that fetches one. One that is good but due, or from before a change, is seen to meanwhile.
     fn look(
         self: &Arc<Self>,
         account: AccountId,
@@ -286,13 +286,18 @@ impl Inner {
         // What upstream refused to one caller is not given to the next.
         slot.opened
             .take_if(|(_, opened)| !freshness.accepts(opened.credential.generation));
-        let opened = match &slot.opened {
-            Some((epoch, opened)) if *epoch == current && opened.is_good(now) => opened,
-            _ => return Err(self.flight(&mut known, account, freshness, false)),
+        let Some((epoch, opened)) = slot
+            .opened
+            .as_ref()
+            .filter(|(_, opened)| opened.is_good(now))
+        else {
+            return Err(self.flight(&mut known, account, freshness, false));
         };
         let credential = Arc::clone(&opened.credential);
-        if now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now) {
-            drop(self.flight(&mut known, account, freshness, true));
+        let renew =
+            now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now);
+        if renew || *epoch != current {
+            drop(self.flight(&mut known, account, freshness, renew));
         }
         Ok(credential)
     }
@@ -308,8 +313,9 @@ impl Inner {
         let epoch = known.epoch;
         let slot = known.slots.entry(account).or_default();
         let begin = || {
-            let landing = Landing(Arc::clone(self), account);
+            let inner = Arc::clone(self);
             let task = self.tasks.spawn("credential", async move {
+                let landing = Landing(inner, account);
                 landing.0.fetch(account, freshness, renew, epoch).await
             });
             task.map(|ended| ended.unwrap_or(Err(CredentialError::Transient)))
@@ -327,14 +333,7 @@ impl Inner {
         renew: bool,
         epoch: u64,
     ) -> Result<Arc<Credential>, CredentialError> {
-        let read = timeout(READ, self.read(account)).await;
-        let read = read.unwrap_or_else(|_| Err(db::Error::mute("reading a login").into()));
-        if let Err(CredentialError::Db(error)) = &read
-            && error.is_passing()
-            && let Some(remembered) = self.remembered(account, freshness)
-        {
-            return Ok(remembered);
-        }
+        let read = self.read(account).await;
         if read.as_ref().is_err_and(CredentialError::is_final) {
             self.known().slots.entry(account).or_default().opened = None;
         }
@@ -358,14 +357,6 @@ impl Inner {
         Ok(credential)
     }
 
-    /// A credential that was good when it was last read.
-    fn remembered(&self, account: AccountId, freshness: Freshness) -> Option<Arc<Credential>> {
-        let (known, now) = (self.known(), self.clock.now());
-        let (_, opened) = known.slots.get(&account)?.opened.as_ref()?;
-        let good = freshness.accepts(opened.credential.generation) && opened.is_good(now);
-        good.then(|| Arc::clone(&opened.credential))
-    }
-
     /// Has the stored refresh token spent, by this replica or by another, and yields what is stored afterwards: always a newer generation.
     async fn exchange(
         &self,
@@ -379,12 +370,14 @@ impl Inner {
             if failed_lately(slot.flatten(), stored.generation, now) {
                 return Err(CredentialError::Transient);
             }
-            let claimed = self.accounts.claim(stored.id, CLAIM).await;
-            let claim = claimed?;
+            let asked = Instant::now();
+            let claim = self.accounts.claim(stored.id, CLAIM).await?;
             // Only what is read under the claim may be spent: a peer may have done it since.
             let after = self.read(account).await;
             match (claim, after) {
-                (Claim::Mine(claim), Ok(after)) if after.generation == stored.generation => {
+                (Claim::Mine(claim), Ok(after))
+                    if after.generation == stored.generation && asked.elapsed() < CLAIM / 2 =>
+                {
                     let spent = self.spend(account, &after, claim);
                     let renew = || async {
                         if let Err(error) = self.accounts.renew_claim(stored.id, claim, CLAIM).await
@@ -402,7 +395,11 @@ impl Inner {
                     if after.generation > stored.generation {
                         return Ok(Opened::new(&after));
                     }
-                    if claim == Claim::Failed || Instant::now() > deadline {
+                    if claim == Claim::Failed {
+                        self.note_failed(account, stored.generation, PAUSE);
+                        return Err(CredentialError::Transient);
+                    }
+                    if Instant::now() > deadline {
                         return Err(CredentialError::Transient);
                     }
                 }
@@ -448,7 +445,7 @@ impl Inner {
             Err(RefreshError::Transient { .. } | RefreshError::Unknown { .. }) => "failed",
         });
         let ended = match answer {
-            Ok(tokens) => self.store(id, generation, &tokens).await,
+            Ok(tokens) => self.store(stored, &tokens).await,
             Err(RefreshError::Refused { code, lifecycle }) => {
                 tokio::time::sleep(RIVAL).await;
                 let noted = self
@@ -461,8 +458,7 @@ impl Inner {
             }
             Err(error) => {
                 tracing::warn!(account_id = %id, %error, "cannot refresh an account's tokens");
-                let until = self.clock.now() + pause;
-                self.known().slots.entry(account).or_default().failed = Some((generation, until));
+                self.note_failed(account, generation, pause);
                 Err(CredentialError::Transient)
             }
         };
@@ -479,7 +475,10 @@ impl Inner {
 
     /// Whether a refusal by a word that nobody knows counts: it is the second one in a row, and some time lies between.
     async fn is_believed(&self, id: AccountId, claim: Uuid, generation: i64) -> bool {
-        let doubted = self.accounts.doubt(id, claim, generation).await;
+        let doubted = self
+            .accounts
+            .doubt(id, claim, generation, DOUBT.unsigned_abs())
+            .await;
         doubted.unwrap_or_else(|error| {
             tracing::warn!(account_id = %id, %error, "cannot note that a login was refused");
             false
@@ -500,35 +499,46 @@ impl Inner {
         }
     }
 
-    /// Stores fresh tokens, unless somebody stored newer ones. The old ones are spent, so to give up is to lose the login: it is tried for
-    /// about a minute.
-    async fn store(
-        &self,
-        account: AccountId,
-        generation: i64,
-        tokens: &Tokens,
-    ) -> Result<(), CredentialError> {
-        let mut pause = STORE_PAUSE;
+    /// Stores fresh tokens, unless somebody stored others; the token that was spent for them, imported once more, is none. The old ones are
+    /// spent, so to give up is to lose the login: it is tried for about a minute.
+    async fn store(&self, spent: &Stored, tokens: &Tokens) -> Result<(), CredentialError> {
+        let (id, mut generation, mut pause) = (spent.id, spent.generation, STORE_PAUSE);
         loop {
-            match self.accounts.rotate(account, generation, tokens).await {
-                Ok(_) => return Ok(()),
-                Err(error) if pause > STORE_PAUSE_MAX => {
-                    tracing::error!(account_id = %account, %error, "fresh tokens are lost: they cannot be stored");
-                    return Err(error.into());
-                }
-                Err(error) => {
-                    tracing::warn!(account_id = %account, %error, "fresh tokens cannot be stored yet")
-                }
+            let error = match self.accounts.rotate(id, generation, tokens).await {
+                Ok(Some(_)) => return Ok(()),
+                Ok(None) => match self.accounts.credential(id).await {
+                    Ok(Some(stored))
+                        if stored.refresh.expose_secret() == spent.refresh.expose_secret() =>
+                    {
+                        generation = stored.generation;
+                        continue;
+                    }
+                    Ok(_) => return Ok(()),
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            if pause > STORE_PAUSE_MAX {
+                tracing::error!(account_id = %id, %error, "fresh tokens are lost: they cannot be stored");
+                return Err(error.into());
             }
+            tracing::warn!(account_id = %id, %error, "fresh tokens cannot be stored yet");
             tokio::time::sleep(pause).await;
             pause *= 2;
         }
     }
 
+    /// Notes that the exchange of a generation did not help.
+    fn note_failed(&self, account: AccountId, generation: i64, pause: SignedDuration) {
+        let until = self.clock.now() + pause;
+        self.known().slots.entry(account).or_default().failed = Some((generation, until));
+    }
+
     /// What is stored of an account that may be logged in.
     async fn read(&self, account: AccountId) -> Result<Stored, CredentialError> {
-        let stored = self.accounts.credential(account).await?;
-        let stored = stored.ok_or(CredentialError::Unknown)?;
+        let stored = timeout(READ, self.accounts.credential(account)).await;
+        let stored = stored.unwrap_or_else(|_| Err(db::Error::mute("reading a login").into()));
+        let stored = stored?.ok_or(CredentialError::Unknown)?;
         match stored.lifecycle {
             Lifecycle::Active | Lifecycle::Paused => Ok(stored),
             Lifecycle::ReauthRequired | Lifecycle::Deactivated => {

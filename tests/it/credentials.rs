@@ -11,7 +11,7 @@ use axum::{Json, Router, http::StatusCode, routing::post};
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use drawbridge::{
     account::{Accounts, AuthFile, Claim},
-    bus::Bus,
+    bus::{Bus, Topic},
     db::Db,
     ids::AccountId,
     routing::Lifecycle,
@@ -158,6 +158,7 @@ impl Exchange {
 /// What one process knows of the pool.
 struct Replica {
     credentials: Credentials,
+    bus: Bus,
     tasks: Tasks,
 }
 
@@ -170,8 +171,12 @@ impl Replica {
         let tasks = Tasks::new();
         let clock = store.db.clock().clone();
         let credentials = Credentials::new(accounts.clone(), client, auth_url, clock, &bus, &tasks);
-        tasks.essential("bus", bus.run(tasks.clone()));
-        Self { credentials, tasks }
+        tasks.essential("bus", bus.clone().run(tasks.clone()));
+        Self {
+            credentials,
+            bus,
+            tasks,
+        }
     }
 
     /// Asks in a task, so that the test can go on.
@@ -534,18 +539,20 @@ async fn what_was_read_before_a_change_will_do_while_the_database_is_away() {
     assert_eq!(replica.any(id).await.unwrap().generation, 1);
 
     network.hang();
-    accounts.pause(id).await.unwrap();
-    loop {
-        let began = Instant::now();
-        assert_eq!(replica.any(id).await.unwrap().generation, 1);
-        // Until the change is heard, nobody is asked.
-        if began.elapsed() > Duration::from_secs(1) {
-            break;
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
+    let heard = replica.bus.changes(Topic::Accounts);
+    SECOND.import(&accounts, &store).await;
+    until("the change is heard", async || {
+        replica.bus.changes(Topic::Accounts) > heard
+    })
+    .await;
+    let while_away = timeout(Duration::from_secs(1), replica.any(id)).await;
+    assert_eq!(while_away.unwrap().unwrap().generation, 1);
 
     network.heal();
+    until("the new one is read", async || {
+        replica.any(id).await.unwrap().generation == 2
+    })
+    .await;
     accounts.delete(id).await.unwrap();
     until("the account is gone", async || {
         matches!(replica.any(id).await, Err(CredentialError::Unknown))
@@ -557,6 +564,28 @@ async fn what_was_read_before_a_change_will_do_while_the_database_is_away() {
         matches!(&away, CredentialError::Db(error) if error.is_passing()),
         "{away}"
     );
+}
+
+#[tokio::test]
+async fn fresh_tokens_replace_the_spent_ones_that_were_imported_again_meanwhile() {
+    let (store, accounts, id, mut desk, replica) = set_up().await;
+    let renewed = replica.ask(id, Freshness::NotGeneration(1));
+    let exchange = desk.next().await;
+    FIRST.import(&accounts, &store).await;
+    exchange.give(&SECOND, store.db.clock().now());
+    assert_eq!(renewed.await.unwrap().unwrap().generation, 3);
+    let stored = accounts.credential(id).await.unwrap().unwrap();
+    assert_eq!(stored.refresh.expose_secret(), "rt_2");
+
+    // Another login is another matter.
+    let late = replica.ask(id, Freshness::NotGeneration(3));
+    let exchange = desk.next().await;
+    let third = Login { serial: 3, ..FIRST };
+    third.import(&accounts, &store).await;
+    exchange.give(&Login { serial: 4, ..FIRST }, store.db.clock().now());
+    assert_eq!(late.await.unwrap().unwrap().generation, 4);
+    let stored = accounts.credential(id).await.unwrap().unwrap();
+    assert_eq!(stored.refresh.expose_secret(), "rt_3");
 }
 
 #[tokio::test]
