@@ -184,10 +184,14 @@ pub(super) async fn usage(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let (caller, key) = keyed(&state, peer, &headers).await?;
-    let used = state.ledger.used(key).await.map_err(|error| {
-        tracing::warn!(%error, "the usage of a key cannot be read");
-        unavailable()
-    })?;
+    let used = state
+        .ledger
+        .used(key, &state.tasks)
+        .await
+        .map_err(|error| {
+            tracing::warn!(%error, "the usage of a key cannot be read");
+            unavailable()
+        })?;
     let seen = state.engine.visibility(&caller);
     let now = state.clock.now().as_second();
     let pool = quota::pool_view(&state.upstream.view(), now, seen);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{Ledger, store};
-use crate::{db::Error, ids::ApiKeyId};
+use crate::{db::Error, ids::ApiKeyId, task::Tasks};
 
 /// How many times as long as it took a sum is good for.
 const KEPT: u32 = 20;
@@ -55,20 +55,25 @@ impl Used {
 }
 
 impl Ledger {
-    /// What a key has used so far, or a moment ago.
+    /// What a key has used so far, or a moment ago. It is added up in a task: whoever gives up waiting leaves the sum to the next who asks.
     ///
     /// # Errors
     /// Of the statement.
-    pub async fn used(&self, key: ApiKeyId) -> Result<Used, Error> {
-        let sum = self.sums.of(key);
-        let mut sum = sum.lock().await;
+    pub async fn used(&self, key: ApiKeyId, tasks: &Tasks) -> Result<Used, Error> {
+        let mut sum = self.sums.of(key).lock_owned().await;
         let began = Instant::now();
         if let Some((used, _)) = sum.filter(|(_, until)| began < *until) {
             return Ok(used);
         }
-        let used = store::used(&self.db, key).await?;
-        let ended = Instant::now();
-        *sum = Some((used, ended + (ended - began) * KEPT));
-        Ok(used)
+        let db = self.db.clone();
+        let adding = tasks.spawn("usage", async move {
+            let used = store::used(&db, key).await?;
+            let ended = Instant::now();
+            *sum = Some((used, ended + (ended - began) * KEPT));
+            Ok(used)
+        });
+        adding
+            .await
+            .unwrap_or_else(|_| Err(Error::mute("adding up")))
     }
 }
