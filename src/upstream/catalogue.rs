@@ -1,6 +1,6 @@
 //! The model catalogue: what upstream lists for each account, the last good copy kept in the database.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::sync::watch;
@@ -71,7 +71,7 @@ impl Upstream {
     pub fn models(&self, allowed: Option<&[AccountId]>) -> Vec<Value> {
         let catalogue = Arc::clone(&self.catalogue.0.borrow());
         let view = self.view();
-        let mut union = BTreeMap::new();
+        let mut seen = BTreeSet::new();
         let mut order = Vec::new();
         for (account, entries) in catalogue.iter() {
             let known = view.account(*account);
@@ -82,7 +82,7 @@ impl Upstream {
             }
             for entry in entries {
                 if let Some(slug) = entry["slug"].as_str()
-                    && union.insert(slug.to_owned(), ()).is_none()
+                    && seen.insert(slug)
                 {
                     order.push(entry.clone());
                 }

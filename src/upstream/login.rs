@@ -369,7 +369,7 @@ impl Inner {
         loop {
             match self.accounts.finish_flow(held, login).await {
                 Err(account::Error::Db(error))
-                    if error.is_unavailable() && Instant::now() < deadline =>
+                    if error.is_passing() && Instant::now() < deadline =>
                 {
                     tracing::warn!(login = %held.id, %error, "a login cannot be stored yet");
                 }

@@ -88,7 +88,7 @@ impl Upstream {
         }
     }
 
-    /// Asks whatever is due, one account after the other.
+    /// Asks whatever is due, one account after the other. In one pass no more than there are: new ones come with the next.
     async fn ask_all(
         &self,
         question: Question,
@@ -96,7 +96,10 @@ impl Upstream {
         spread: Duration,
     ) -> Result<(), crate::db::Error> {
         self.polls.cover(question, spread).await?;
-        while let Some(due) = self.polls.claim(question, every).await? {
+        for _ in 0..self.view().accounts.len().max(1) {
+            let Some(due) = self.polls.claim(question, every).await? else {
+                break;
+            };
             if question == Question::Usage
                 && let Some(why) = self.quota.skips(due.account, due.answered_at, every)
             {

@@ -2,11 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
 
-use tokio::sync::watch;
+use futures_util::{
+    FutureExt as _,
+    future::{Fuse, FusedFuture as _},
+};
+use tokio::{sync::watch, time::sleep};
 
 use crate::{
     account::{AccountEntry, Accounts},
@@ -44,32 +49,42 @@ pub(super) async fn keep(
     let (sender, receiver) = watch::channel(Arc::new(build(&entries, &quota, &weights, &mut kept)));
     let stop = tasks.stopping();
     tasks.essential("view", async move {
+        let read = |after| {
+            let accounts = &accounts;
+            async move {
+                sleep(after).await;
+                let entries = accounts.load_all().await?;
+                Ok::<_, db::Error>((entries, accounts.merges().await?))
+            }
+        };
         let follow = async {
             let mut stale = false;
+            let mut reading = pin!(Fuse::terminated());
             loop {
+                // Quota is followed also while the database takes its time.
                 tokio::select! {
                     version = moved.changed() => stale |= version.is_some(),
                     version = models.changed() => stale |= version.is_some(),
                     changed = observed.changed() => if changed.is_err() { return },
-                    () = tokio::time::sleep(PAUSE), if stale => {}
-                }
-                if stale {
-                    let read = async {
-                        let entries = accounts.load_all().await?;
-                        Ok::<_, db::Error>((entries, accounts.merges().await?))
-                    };
-                    match read.await {
+                    result = &mut reading => match result {
                         Ok((read, moves)) => {
-                            (entries, stale) = (read, false);
+                            entries = read;
                             let moves = Arc::new(moves);
                             quota.inherit(&moves);
                             merges.send_replace(moves);
                         }
-                        Err(error) => tracing::warn!(%error, "the view of the pool is old"),
-                    }
+                        Err(error) => {
+                            tracing::warn!(%error, "the view of the pool is old");
+                            reading.set(read(PAUSE).fuse());
+                        }
+                    },
+                }
+                if stale && reading.is_terminated() {
+                    stale = false;
+                    reading.set(read(Duration::ZERO).fuse());
                 }
                 sender.send_replace(Arc::new(build(&entries, &quota, &weights, &mut kept)));
-                tokio::time::sleep(THROTTLE).await;
+                sleep(THROTTLE).await;
             }
         };
         stop.run_until_cancelled(follow).await;
