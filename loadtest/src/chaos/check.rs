@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use self::path::{Path, Paths, excuses};
+use self::path::{Path, Paths};
 use super::{
     history::{self, Call, End, History, Lease, Sighting, Style, Turn, said, tag},
     plan::{Side, What},
@@ -399,8 +399,7 @@ fn errors(paths: &Paths<'_>) -> Vec<Violation> {
             End::Failed { status, code, flaw } => {
                 let of_continuity = FORGOTTEN.contains(&code.as_str())
                     || (call.intrudes && code == "bridge_token_invalid");
-                let excused = || paths.met(&path, |what| excuses(code, what, &path));
-                if !of_continuity && !excused() {
+                if !of_continuity && !paths.excused(code, &path) {
                     found.push(violation("error", format!("{status} {code} for {}", at())));
                 }
                 if let Some(flaw) = flaw {

@@ -1,6 +1,6 @@
 //! What a call met on its way: the replicas and accounts that had a part in it, and which faults of theirs its client may be told of.
 //!
-//! A fault excuses nothing that happened elsewhere, or more than [`ECHO`] after it was over.
+//! A fault excuses nothing that happened elsewhere, or more than [`ECHO`] after it was over; but a dead owner is one until it is buried.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,6 +14,9 @@ use crate::{
 
 /// How long after its end a fault may still be felt, in milliseconds: connections are made again, peers are met again.
 pub(super) const ECHO: u64 = 5_000;
+/// How long after its end a fault may keep a dead owner from being buried, in milliseconds: whoever does that must have sent its own
+/// heartbeats in time for the 17 s after which they are missed, and two more may pass until it looks.
+const BURIAL: u64 = 23_000;
 
 /// The ways of all calls of a history.
 pub(super) struct Paths<'a> {
@@ -143,6 +146,16 @@ impl<'a> Paths<'a> {
         faults.any(|fault| felt(fault) && which(fault.what))
     }
 
+    /// Whether a call may have ended with this error for a fault on its way.
+    pub(super) fn excused(&self, code: &str, path: &Path) -> bool {
+        let felt_for = match code {
+            "bridge_owner_unreachable" => BURIAL - ECHO,
+            _ => 0,
+        };
+        let from = path.from.saturating_sub(felt_for);
+        self.struck(from, path.to, |what| excuses(code, what, path))
+    }
+
     /// Whether a fault was felt on a way.
     pub(super) fn met(&self, path: &Path, which: impl Fn(What) -> bool) -> bool {
         self.struck(path.from, path.to, which)
@@ -204,7 +217,7 @@ fn blinds(what: What, path: &Path) -> bool {
 }
 
 /// Whether a fault may look like this error to a client whose call went this way.
-pub(super) fn excuses(code: &str, what: What, path: &Path) -> bool {
+fn excuses(code: &str, what: What, path: &Path) -> bool {
     use Misfortune::{Broken, Closed, Cut, Expired, Limited, Silent};
     match (code, what) {
         // The owner, or who stands between it and the client, leaves.

@@ -393,12 +393,30 @@ fn errors_are_known_well_formed_and_connections_break_for_a_reason() {
         };
         assert_eq!(after(failed).is_empty(), excused, "{code} {what:?}");
     }
-    let over = |history: &mut History| {
-        fail(&mut history.calls[1], "bridge_owner_unreachable");
-        strike(history, What::Kill(0));
-        (history.calls[1].began, history.calls[1].ended) = (8_000, 9_000);
-    };
-    assert_eq!(after(over), ["error"], "long over");
+    // A dead owner is one until somebody may bury it.
+    for (code, what, at, excused) in [
+        (
+            "upstream_unavailable",
+            What::Edge(0, Side::Upstream, Break::Cut),
+            7_000,
+            true,
+        ),
+        (
+            "upstream_unavailable",
+            What::Edge(0, Side::Upstream, Break::Cut),
+            8_000,
+            false,
+        ),
+        ("bridge_owner_unreachable", What::Kill(0), 25_000, true),
+        ("bridge_owner_unreachable", What::Kill(0), 26_000, false),
+    ] {
+        let over = |history: &mut History| {
+            fail(&mut history.calls[1], code);
+            strike(history, what);
+            (history.calls[1].began, history.calls[1].ended) = (at, at + 1_000);
+        };
+        assert_eq!(after(over).is_empty(), excused, "{code} at {at}");
+    }
     let bare = |history: &mut History| {
         let (code, flaw) = ("server_error".into(), Some("no error.message".into()));
         history.calls[1].end = End::Failed {
