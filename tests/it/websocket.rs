@@ -70,6 +70,12 @@ async fn upstreams_turn_state_stays_here_and_limits_are_the_pools() {
     }
     let refreshed = house.post("/api/fleet/refresh").send().await.unwrap();
     assert_eq!(refreshed.status(), 200);
+    until("the pool's limits are known", async || {
+        let usage = house.get("/api/codex/usage").send().await.unwrap();
+        let usage: Value = usage.json().await.unwrap();
+        usage["rate_limit"]["primary_window"]["used_percent"] == 40
+    })
+    .await;
     let mut socket = CodexSocket::open(&house, CODEX).await;
     let frames = socket.turn(create("turn-1", "one", None)).await;
     let first = &frames[0]["headers"]["x-codex-turn-state"];
