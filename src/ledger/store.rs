@@ -30,6 +30,20 @@ macro_rules! log_columns {
     };
 }
 
+/// A request that was refused at one replica, or never begun there, may have been served by another: that counts.
+macro_rules! served {
+    () => {
+        "on conflict (day, turn_id, request_id) do update
+        set (account_id, transport, status, outcome, reason, bridge_outcome, bridge_reason, error_code, attempts, input_tokens,
+            cached_input_tokens, output_tokens, reasoning_tokens, cost_nanodollars, estimated, first_event_ms, total_ms, explanation)
+            = (excluded.account_id, excluded.transport, excluded.status, excluded.outcome, excluded.reason, excluded.bridge_outcome,
+            excluded.bridge_reason, excluded.error_code, excluded.attempts, excluded.input_tokens, excluded.cached_input_tokens,
+            excluded.output_tokens, excluded.reasoning_tokens, excluded.cost_nanodollars, excluded.estimated, excluded.first_event_ms,
+            excluded.total_ms, excluded.explanation)
+        where request_log.attempts = 0 and excluded.attempts > 0"
+    };
+}
+
 /// What closes a turn; a condition on what it was before follows.
 macro_rules! book {
     () => {
@@ -160,11 +174,11 @@ statements! { "ledger";
     HEARD: [UUID, UUID] = "
         select from turns where turn_id = $1 and attempts @> jsonb_build_array(jsonb_build_object('request', $2))";
 
-    /// An entry that is there stays as it is.
+    /// An entry that is there stays as it is, unless it was of no attempt. Rows are locked in the order of their keys.
     LOG: [JSONB] = concat!("
         insert into request_log (", log_columns!(), ")
-        select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $1)
-        on conflict do nothing");
+        select distinct on (day, turn_id, request_id) ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $1)
+        order by day, turn_id, request_id, attempts desc ", served!());
 
     /// A plain read: booking decides. A tombstone is never taken back; an incarnation registers before it opens turns.
     FIND_LOST: [FLOAT8, INT8] = "
@@ -204,7 +218,7 @@ statements! { "ledger";
         ), logged as (
             insert into request_log (", log_columns!(), ")
             select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $2) join booked using (turn_id)
-            on conflict do nothing
+            ", served!(), "
         )
         select count(*) from booked");
 
@@ -541,11 +555,9 @@ pub(super) async fn reconcile(db: &Db, range: &Range) -> Result<Reconciliation, 
 pub(super) async fn prune(db: &Db, days: i32, limit: i64) -> Result<u64, Error> {
     /// The job within its class of locks.
     const REQUEST_LOG: i32 = 1;
-    db.exec(
-        &PRUNE,
-        &[&(LockClass::Job as i32), &REQUEST_LOG, &days, &limit],
-    )
-    .await
+    let class = LockClass::Job as i32;
+    db.exec(&PRUNE, &[&class, &REQUEST_LOG, &days, &limit])
+        .await
 }
 
 pub(super) async fn record(db: &Db, id: TurnId) -> Result<Option<Record>, Error> {
