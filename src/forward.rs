@@ -45,9 +45,19 @@ pub trait Owner: Send + Sync + 'static {
     /// What answers a call. It is dropped when the caller is gone, or after its [`Frame::End`].
     type Frames: Stream<Item = Frame> + Send + Unpin + 'static;
 
+    /// What a body takes while it is held.
+    type Room: Send;
+
+    /// Takes room for a body before it is read; `None` if there is none.
+    fn room(&self, bytes: usize) -> Option<Self::Room>;
+
     /// Begins the call's turn, or refuses it. The caller waits about a second for this alone and then takes the lease: return as soon
     /// as the turn is begun, before upstream is asked. If the caller leaves earlier, the future is dropped at an await.
-    fn accept(&self, call: Call) -> impl Future<Output = Result<Self::Frames, Refusal>> + Send;
+    fn accept(
+        &self,
+        call: Call,
+        room: Self::Room,
+    ) -> impl Future<Output = Result<Self::Frames, Refusal>> + Send;
 }
 
 /// Why an owner does not serve a call. Nothing was begun for it.

@@ -22,9 +22,7 @@ pub enum Frame {
     Token(String),
     /// The head of upstream's answer.
     Head(HeaderMap),
-    /// An event of a stream, as a block of bytes.
-    Sse(Bytes),
-    /// An event as JSON.
+    /// An event, as JSON.
     Json(Bytes),
     /// The typed end, as JSON; opaque here. Always the last.
     End(Bytes),
@@ -48,7 +46,6 @@ impl fmt::Debug for Frame {
         f.write_str(match self {
             Self::Token(_) => "Token(..)",
             Self::Head(_) => "Head(..)",
-            Self::Sse(_) => "Sse(..)",
             Self::Json(_) => "Json(..)",
             Self::End(_) => "End(..)",
         })
@@ -60,9 +57,8 @@ impl Frame {
         match self {
             Self::Token(_) => 1,
             Self::Head(_) => 2,
-            Self::Sse(_) => 3,
-            Self::Json(_) => 4,
-            Self::End(_) => 5,
+            Self::Json(_) => 3,
+            Self::End(_) => 4,
         }
     }
 
@@ -70,7 +66,7 @@ impl Frame {
         match self {
             Self::Token(token) => token.into(),
             Self::Head(headers) => lines(&headers),
-            Self::Sse(payload) | Self::Json(payload) | Self::End(payload) => payload,
+            Self::Json(payload) | Self::End(payload) => payload,
         }
     }
 
@@ -80,9 +76,8 @@ impl Frame {
                 .map(Self::Token)
                 .map_err(|_| Malformed),
             2 => headers(&payload).map(Self::Head).ok_or(Malformed),
-            3 => Ok(Self::Sse(payload)),
-            4 => Ok(Self::Json(payload)),
-            5 => Ok(Self::End(payload)),
+            3 => Ok(Self::Json(payload)),
+            4 => Ok(Self::End(payload)),
             _ => Err(Malformed),
         }
     }
@@ -267,13 +262,12 @@ mod tests {
     }
 
     fn frame() -> impl Strategy<Value = Frame> {
-        let bytes = || prop::collection::vec(any::<u8>(), 0..3 * COPIED).prop_map(Bytes::from);
+        let bytes = prop::collection::vec(any::<u8>(), 0..3 * COPIED).prop_map(Bytes::from);
         prop_oneof![
             any::<String>().prop_map(Frame::Token),
             Just(Frame::Head(some_headers())),
             Just(Frame::Head(HeaderMap::new())),
-            bytes().prop_map(Frame::Sse),
-            bytes().prop_map(Frame::Json),
+            bytes.prop_map(Frame::Json),
         ]
     }
 
@@ -306,7 +300,7 @@ mod tests {
         let with = |kind: u8, length: [u8; 4]| [&[kind], &length[..]].concat();
         for header in [
             with(0, [0; 4]),
-            with(6, [0; 4]),
+            with(5, [0; 4]),
             with(3, too_long),
             with(3, [0xff; 4]),
         ] {
@@ -324,7 +318,7 @@ mod tests {
         let small = Frame::Json(Bytes::from_static(b"{}"));
         assert_eq!(chunks(vec![small.clone(); 100]).len(), 1);
         let large = Bytes::from(vec![1; COPIED + 1]);
-        let sent = chunks(vec![small, Frame::Sse(large.clone())]);
+        let sent = chunks(vec![small, Frame::Json(large.clone())]);
         assert_eq!(sent.len(), 2);
         assert_eq!(sent[1].as_ptr(), large.as_ptr());
     }

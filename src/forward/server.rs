@@ -21,7 +21,7 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{
     BODY_BYTES, Call, FRAMES, HEADER, Owner, PATH, Refusal,
-    envelope::{self, Invalid, Keys, WINDOW},
+    envelope::{self, Invalid, Keys, Opened, WINDOW},
     frame::Encoder,
 };
 use crate::{db::Clock, ids::BootId, telemetry};
@@ -56,14 +56,7 @@ async fn serve<O: Owner>(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let accepted = match door.verify(&headers, body).await {
-        Ok(call) => owner.accept(call).await,
-        Err(invalid) => {
-            tracing::warn!(%invalid, "a forwarded call was refused");
-            Err(Refusal::Invalid)
-        }
-    };
-    match accepted {
+    match admit(&door, &*owner, &headers, body).await {
         Ok(frames) => {
             let mut response = Response::new(Body::new(Encoder::new(frames)));
             let frames = HeaderValue::from_static(FRAMES);
@@ -77,29 +70,51 @@ async fn serve<O: Owner>(
     }
 }
 
+/// Verifies a call and hands it over. Only who is authentic gets room for a body.
+async fn admit<O: Owner>(
+    door: &Door,
+    owner: &O,
+    headers: &HeaderMap,
+    mut body: Body,
+) -> Result<O::Frames, Refusal> {
+    let invalid = |invalid: Invalid| {
+        tracing::warn!(%invalid, "a forwarded call was refused");
+        Refusal::Invalid
+    };
+    let opened = door.open(headers).map_err(invalid)?;
+    let length = length(&body).ok_or_else(|| invalid(Invalid::Body))?;
+    let Some(room) = owner.room(length) else {
+        // A caller that still sends would not hear the refusal.
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        drop(timeout(BODY_TIME, rest).await);
+        return Err(Refusal::Full);
+    };
+    let read = timeout(BODY_TIME, read(body, length)).await;
+    let whole = read.ok().flatten();
+    let (body, _) = whole
+        .filter(|(_, hash)| *hash == opened.body_sha256)
+        .ok_or_else(|| invalid(Invalid::Body))?;
+    let envelope = opened.envelope;
+    owner.accept(Call { envelope, body }, room).await
+}
+
 impl Door {
-    async fn verify(&self, headers: &HeaderMap, body: Body) -> Result<Call, Invalid> {
+    fn open(&self, headers: &HeaderMap) -> Result<Opened, Invalid> {
         let sealed = headers.get(HEADER).ok_or(Invalid::Seal)?;
         let now = self.clock.now().as_millisecond();
         let me = *self.me.borrow();
-        let opened = envelope::open(&self.keys, sealed.as_bytes(), me, now)?;
-        let read = timeout(BODY_TIME, read(body)).await;
-        match read.ok().flatten() {
-            Some((body, hash)) if hash == opened.body_sha256 => Ok(Call {
-                envelope: opened.envelope,
-                body,
-            }),
-            _ => Err(Invalid::Body),
-        }
+        envelope::open(&self.keys, sealed.as_bytes(), me, now)
     }
 }
 
-/// A body and its SHA-256; `None` if it is cut, too large, or of unknown length.
-async fn read(mut body: Body) -> Option<(Bytes, [u8; 32])> {
+/// How long a body says it is; `None` if it does not, or it is too large.
+fn length(body: &Body) -> Option<usize> {
     let length = usize::try_from(body.size_hint().exact()?).ok()?;
-    if length > BODY_BYTES {
-        return None;
-    }
+    (length <= BODY_BYTES).then_some(length)
+}
+
+/// A body of this length and its SHA-256; `None` if it is cut.
+async fn read(mut body: Body, length: usize) -> Option<(Bytes, [u8; 32])> {
     let mut hash = Sha256::new();
     let mut whole = BytesMut::new();
     while let Some(frame) = body.frame().await {

@@ -16,7 +16,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
     Ask, Budget, Caller, End, Engine, Event, Held, Inner, Item, Reject, Running, Stop, Transport,
-    relay::{self, Receiver, Sender},
+    relay::{self, Lost, Receiver, Sender},
     route,
 };
 use crate::{
@@ -223,7 +223,7 @@ async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
         let item = match frame {
             Ok(Frame::Token(token)) => Item::Begun(serde_json::from_str(&token).ok().flatten()),
             Ok(Frame::Head(headers)) => Item::Head(headers),
-            Ok(Frame::Sse(json) | Frame::Json(json)) => Item::Event(Event::from_json(json)),
+            Ok(Frame::Json(json)) => Item::Event(Event::from_json(json)),
             Ok(Frame::End(end)) => {
                 let end = serde_json::from_slice::<Ended>(&end);
                 let end = end.map_or_else(|_| cut(engine, heard), End::from);
@@ -232,8 +232,12 @@ async fn relay(engine: &Inner, mut answer: Answer, out: &Sender<Item>) {
             Err(_) => return out.last(Item::End(cut(engine, heard))),
         };
         heard |= !matches!(item, Item::Begun(_));
-        if out.send(item).await.is_err() {
-            return;
+        match out.send(item).await {
+            Ok(()) => {}
+            Err(Lost::Gone) => return,
+            Err(Lost::Slow) => {
+                return out.last(Item::End(End::Failed(Box::new(Stop::SlowConsumer))));
+            }
         }
     }
 }
@@ -284,31 +288,46 @@ pub struct Receiving {
 
 impl Owner for Receiving {
     type Frames = Framed;
+    type Room = Held;
 
-    async fn accept(&self, call: Call) -> Result<Framed, Refusal> {
+    fn room(&self, bytes: usize) -> Option<Held> {
+        self.bytes.take(bytes)
+    }
+
+    async fn accept(&self, call: Call, held: Held) -> Result<Framed, Refusal> {
         let engine = &self.engine.0;
-        let held = self.bytes.take(call.body.len()).ok_or(Refusal::Full)?;
         let (ask, lease) = ask(engine, call, held)?;
         let (sender, mut items) = relay::channel();
         route::forwarded(engine, Box::new(ask), sender, Running::start(engine), lease);
         // What comes first says whether it has begun; a turn that ends before is told as any other.
         let first = items.recv().await.ok_or(Refusal::Draining)?;
         if let Item::End(End::Failed(stop)) = &first
-            && let Stop::Rejected(reject, _) = **stop
+            && let Some(refusal) = unbegun(stop)
         {
-            match reject {
-                Reject::WrongInstance => return Err(Refusal::NotOwner),
-                Reject::Draining => return Err(Refusal::Draining),
-                Reject::Overloaded => return Err(Refusal::Full),
-                Reject::OwnerUnreachable => return Err(Refusal::Begun),
-                _ => {}
-            }
+            return Err(refusal);
         }
         Ok(Framed {
             first: Some(first),
             items,
         })
     }
+}
+
+/// What a turn that ended before it began leaves its caller to do. What is wrong here alone, the way to Postgres say, is silence to it.
+fn unbegun(stop: &Stop) -> Option<Refusal> {
+    Some(match stop {
+        Stop::Unavailable => Refusal::Draining,
+        Stop::Rejected(reject, wait) => match (reject, wait) {
+            (Reject::WrongInstance, _) => Refusal::NotOwner,
+            (Reject::Draining | Reject::MetadataUnavailable, _) => Refusal::Draining,
+            (Reject::Overloaded, _) => Refusal::Full,
+            (Reject::OwnerUnreachable, None) => Refusal::Begun,
+            // Nobody knows who owns it: it moves at this moment.
+            (Reject::OwnerUnreachable, Some(_)) => Refusal::Draining,
+            _ => return None,
+        },
+        _ => return None,
+    })
 }
 
 fn ask(engine: &Arc<Inner>, call: Call, held: Held) -> Result<(Ask, LeaseId), Refusal> {

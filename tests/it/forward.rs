@@ -36,6 +36,8 @@ const PATIENCE: Patience = Patience {
     total: Duration::from_secs(1),
 };
 /// Within this everything here has happened, on a busy machine too.
+/// The smallest body for which there is no room.
+const FULL: usize = 60 << 20;
 const SOON: Duration = Duration::from_secs(10);
 
 #[tokio::test]
@@ -60,7 +62,7 @@ async fn a_call_arrives_whole_and_its_answer_too() {
     let sent = [
         Frame::Token("token".into()),
         Frame::Head(headers),
-        Frame::Sse(Bytes::from(vec![b'e'; 1 << 20])),
+        Frame::Json(Bytes::from(vec![b'e'; 1 << 20])),
         Frame::Json(Bytes::from_static(b"{}")),
         Frame::End(Bytes::from_static(b"\"completed\"")),
     ];
@@ -107,6 +109,10 @@ async fn every_refusal_is_told() {
         });
         assert_eq!(answer.unwrap_err(), Failure::Refused(refusal));
     }
+    let (client, envelope, body) = (patient(), peer.envelope(), Bytes::from(vec![0; FULL]));
+    let answer = client.send(&peer.url, &envelope, body).await;
+    let full = Failure::Refused(Refusal::Full);
+    assert_eq!(answer.unwrap_err(), full, "before it is held");
 }
 
 #[tokio::test]
@@ -251,7 +257,7 @@ async fn a_large_body_has_the_time_that_it_needs_while_it_moves() {
 #[tokio::test]
 async fn an_answer_whose_frames_stop_is_a_cut() {
     let mut peer = Peer::start().await;
-    let frame = Frame::Sse(Bytes::from_static(b"data: {}\n\n"));
+    let frame = Frame::Json(Bytes::from_static(b"data: {}\n\n"));
     let (client, envelope) = (patient(), peer.envelope());
     let sending = client.send(&peer.url, &envelope, Bytes::new());
     let (answer, frames) =
@@ -372,8 +378,13 @@ struct Toy(mpsc::UnboundedSender<(Call, Reply)>);
 
 impl Owner for Toy {
     type Frames = Frames;
+    type Room = ();
 
-    async fn accept(&self, call: Call) -> Result<Frames, Refusal> {
+    fn room(&self, bytes: usize) -> Option<()> {
+        (bytes < FULL).then_some(())
+    }
+
+    async fn accept(&self, call: Call, (): ()) -> Result<Frames, Refusal> {
         let (reply, said) = oneshot::channel();
         self.0.send((call, Reply(reply))).unwrap();
         said.await.unwrap()
