@@ -66,11 +66,11 @@ impl Carrier {
         Self::Socket(None)
     }
 
-    /// The word in the ledger.
-    pub(super) fn transport(&self) -> &'static str {
+    /// How a request goes to upstream: the word in the ledger.
+    pub(super) fn transport(&self, ask: &Ask) -> &'static str {
         match self {
-            Self::Http => Transport::Http.as_str(),
-            Self::Socket(_) => Transport::WebSocket.as_str(),
+            Self::Socket(_) if fits(ask) => Transport::WebSocket.as_str(),
+            Self::Socket(_) | Self::Http => Transport::Http.as_str(),
         }
     }
 

@@ -409,7 +409,7 @@ fn required(inputs: &Inputs, snapshot: bool) -> Resolution {
 /// came of it. The turn's own row in the ledger decides whether it was begun, so serving it here cannot serve it twice.
 #[must_use]
 pub fn owner_silent(inputs: &Inputs, taken: Option<bool>) -> Resolution {
-    match (inputs.continuity, taken) {
+    let decided = match (inputs.continuity, taken) {
         (Continuity::Required { snapshot: false }, _) => {
             refuse(Reject::OwnerUnreachable, "owner_silent")
         }
@@ -423,5 +423,13 @@ pub fn owner_silent(inputs: &Inputs, taken: Option<bool>) -> Resolution {
         (Continuity::Required { snapshot: true }, Some(false)) => {
             to(Outcome::SnapshotRecovery, "owner_silent", Step::Fork)
         }
-    }
+    };
+    let silent = Row::Remote { forwardable: false };
+    within_room(
+        &Inputs {
+            row: silent,
+            ..*inputs
+        },
+        decided,
+    )
 }

@@ -52,7 +52,6 @@ pub(super) fn forwarded(
 
 /// Routes a turn anew that its session could not begin.
 pub(super) fn again(engine: &Arc<Inner>, job: Job) {
-    telemetry::fenced("begin");
     let Job {
         ask, out, running, ..
     } = job;
@@ -190,7 +189,7 @@ impl Router {
             (None, None, Some((key, _))) => key,
             (None, None, None) => lease::Key::fork(),
         };
-        let _turn = engine.sessions.claiming(self.scope, key).await;
+        let claiming = engine.sessions.claiming(self.scope, key).await;
         // Whoever was first may have started the session.
         let started = match by_id {
             Some(lease) => engine.sessions.by_lease(self.scope, lease),
@@ -213,7 +212,10 @@ impl Router {
                 self.again = true;
                 Some(self)
             }
-            None => self.without_postgres().await,
+            None => {
+                drop(claiming);
+                self.without_postgres().await
+            }
         }
     }
 
@@ -225,8 +227,9 @@ impl Router {
             self.again = true;
             return Some(self);
         };
-        let _turn = engine.sessions.claiming(self.scope, row.key).await;
-        if engine.sessions.by_lease(self.scope, row.lease).is_some() {
+        let claiming = engine.sessions.claiming(self.scope, row.key).await;
+        let started = engine.sessions.by_lease(self.scope, row.lease);
+        if started.is_some_and(|started| started.held.boot == me) {
             self.again = true;
             return Some(self);
         }
@@ -234,7 +237,10 @@ impl Router {
         let taken = if row.busy_turn.is_none() {
             match engine.within(engine.leases.take(me, self.scope, row)).await {
                 Some(taken) => taken,
-                None => return self.without_postgres().await,
+                None => {
+                    drop(claiming);
+                    return self.without_postgres().await;
+                }
             }
         } else {
             None
@@ -243,6 +249,8 @@ impl Router {
         if let Some(held) = taken {
             return self.serve(held, why);
         }
+        // What serves it else may take as long as a turn.
+        drop(claiming);
         if known.inputs.socket && !self.asked {
             // Only its convenience was at stake: the owner may serve it.
             self.asked = true;
@@ -302,7 +310,7 @@ impl Router {
             self.refuse(Reject::MetadataUnavailable, why, wait);
             return None;
         }
-        let known = self.away(Evidence::None, None, None, false);
+        let known = self.away();
         let resolution = resolve(&known.inputs);
         Box::pin(self.take(known, resolution)).await
     }

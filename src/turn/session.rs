@@ -27,6 +27,7 @@ use super::{
 use crate::{
     ids::ScopeId,
     lease::{Held, Kind},
+    telemetry,
 };
 
 /// Turns that may wait.
@@ -209,6 +210,7 @@ impl Session {
                 }
             }
             Ran::Fenced(ask, seat) => {
+                telemetry::fenced("begin");
                 self.fenced = true;
                 // Found before anything was sent: whoever owns the lease now may serve it.
                 self.engine.sessions.remove(self.scope, &self.held);

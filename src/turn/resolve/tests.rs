@@ -305,6 +305,19 @@ fn a_session_is_used_only_under_its_own_lease() {
 }
 
 #[test]
+fn a_silent_owner_makes_no_room_where_every_session_is_busy() {
+    for inputs in every_input().into_iter().filter(|inputs| inputs.full) {
+        for taken in [None, Some(false)] {
+            let step = owner_silent(&inputs, taken).step;
+            assert!(
+                matches!(step, Step::Detached | Step::Reject(_)),
+                "{inputs:?}: {step:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn every_outcome_and_every_reason_has_plain_words() {
     let decided = every_input();
     let silent = decided

@@ -70,6 +70,8 @@ impl Router {
         if evidence == Evidence::None && key.is_none() && self.forwarded.is_some() {
             evidence = Evidence::Token;
         }
+        // Where a peer saw the lease contradicts nobody.
+        let told = lease;
         lease = lease.or(self.forwarded);
         let previous = facts.previous_response_id.as_deref();
         let mut local = lease.and_then(|lease| engine.sessions.by_lease(self.scope, lease));
@@ -82,7 +84,7 @@ impl Router {
                 .by_head(self.scope, id)
                 .filter(|_| !remembers)
             {
-                conflict = lease.is_some_and(|lease| lease != handle.held.lease);
+                conflict = told.is_some_and(|lease| lease != handle.held.lease);
                 if !conflict && evidence != Evidence::Invalid {
                     (evidence, lease) = (Evidence::Token, Some(handle.held.lease));
                     local = Some(handle);
@@ -95,14 +97,14 @@ impl Router {
                         snapshot = found.as_ref().is_some_and(|found| found.complete);
                         let named = found.and_then(|found| found.lease);
                         if let Some(named) = named {
-                            conflict |= lease.is_some_and(|lease| lease != named);
+                            conflict |= told.is_some_and(|lease| lease != named);
                             if lease.is_none() {
                                 (evidence, lease) = (Evidence::Token, Some(named));
                                 local = engine.sessions.by_lease(self.scope, named);
                             }
                         }
                     }
-                    None => return Ok(self.away(evidence, key, lease, socket)),
+                    None => return Ok(self.away()),
                 }
             }
         }
@@ -129,7 +131,7 @@ impl Router {
         // needs no lease does not wait for it.
         let unleased = local.is_none() && previous.is_none() && engine.ledger.is_away();
         if evidence != Evidence::Invalid && (unleased || !engine.replica.admits()) {
-            return Ok(self.away(evidence, key, lease, socket));
+            return Ok(self.away());
         }
         let mut row = None;
         // A session here is believed until a turn of it is fenced; one in a turn may take long to find out that an operator has freed its
@@ -151,7 +153,7 @@ impl Router {
             };
             match engine.within(read).await {
                 Some(found) => row = found,
-                None => return Ok(self.away(evidence, key, lease, socket)),
+                None => return Ok(self.away()),
             }
             row_state(&engine, row.as_ref())
         };
@@ -198,14 +200,8 @@ impl Router {
         })
     }
 
-    /// What is known while Postgres does not answer.
-    pub(super) fn away(
-        &self,
-        evidence: Evidence,
-        key: Option<(lease::Key, KeyStrength)>,
-        lease: Option<LeaseId>,
-        socket: bool,
-    ) -> Known {
+    /// What is known while Postgres does not answer: no lease can be used, whatever the evidence names.
+    pub(super) fn away(&self) -> Known {
         let required = self.ask.request.facts.previous_response_id.is_some();
         let continuity = if required {
             Continuity::Required { snapshot: false }
@@ -213,13 +209,13 @@ impl Router {
             Continuity::Optional
         };
         Known {
-            key,
-            lease,
+            key: None,
+            lease: None,
             local: None,
             row: None,
             inputs: Inputs {
-                evidence,
-                key: key.map_or(KeyStrength::None, |(_, strength)| strength),
+                evidence: Evidence::None,
+                key: KeyStrength::None,
                 local: Local::None,
                 row: RowState::Unknown,
                 continuity,
@@ -227,7 +223,7 @@ impl Router {
                 draining: self.engine.is_closing(),
                 full: false,
                 forwarded: self.forwarded.is_some(),
-                socket,
+                socket: false,
             },
         }
     }

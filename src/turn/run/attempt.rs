@@ -58,8 +58,10 @@ impl Turn<'_> {
             }
         };
         // The reservation is never abandoned half-way: it lands, or it is taken back.
-        let (credential, reserved) =
-            tokio::join!(credential, self.reserve(account, carrier.transport()));
+        let (credential, reserved) = tokio::join!(
+            credential,
+            self.reserve(account, carrier.transport(&self.ask))
+        );
         let credential = match (reserved, credential) {
             (Err(over), _) | (Ok(()), Err(over)) => return (None, Attempted::Over(over)),
             (Ok(()), Ok(Err(error))) => {

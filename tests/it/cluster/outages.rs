@@ -4,16 +4,20 @@ use std::time::{Duration, Instant};
 
 use loadtest::{
     edge::Mode,
-    upstream::{Fault, Kind},
+    upstream::{Fault, Kind, Stage, State},
 };
 use redis::AsyncCommands as _;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use super::times;
 use crate::support::{
     cluster::{Answer, Cluster, Plan, script},
+    exposition::Page,
     pg,
     wait::until,
 };
@@ -319,6 +323,44 @@ async fn a_replica_that_postgres_does_not_answer_leaves_all_the_same() {
         let service = cluster.replicas[0].service.as_mut().unwrap();
         service.ended().await;
     }
+}
+
+#[tokio::test]
+async fn a_turn_that_could_not_claim_its_key_holds_up_no_other_of_that_key() {
+    let cluster = Cluster::start(Plan {
+        replicas: 1,
+        ..Plan::default()
+    })
+    .await;
+    let silence = Fault::once(Kind::Silence(Stage::Visible));
+    cluster.home.upstream.fault(silence);
+    let held = "begin; lock table http_bridge_leases in access exclusive mode";
+    cluster.client.batch_execute(held).await.unwrap();
+    let unclaimed = turn(&cluster, 0, "s", "t").json(&script("silent", true));
+    let unclaimed = tokio::spawn(async { Answer::of(unclaimed.send().await.unwrap()).await });
+    let state = |state: &State| state.silent == 1;
+    cluster.home.upstream.wait("a silence", state).await;
+    cluster.client.batch_execute("commit").await.unwrap();
+    let service = cluster.service(0);
+    until("turns are claimed again", async || {
+        let other = cluster
+            .post_at(0, "/v1/responses")
+            .json(&script("other", false))
+            .header("session-id", rand::random::<u64>().to_string());
+        Answer::of(other.send().await.unwrap()).await.id();
+        let page = Page::of(&service.http, &service.admin).await;
+        let reason = [("outcome", "fresh_start"), ("reason", "owner_free")];
+        page.sum("drawbridge_bridge_outcomes_total", &reason) > 0.0
+    })
+    .await;
+    let next = turn(&cluster, 0, "s", "u").json(&script("next", false));
+    let next = timeout(Duration::from_secs(20), async {
+        Answer::of(next.send().await.unwrap()).await
+    });
+    next.await.expect("an answer").id();
+    cluster.home.upstream.release();
+    unclaimed.await.unwrap().id();
+    cluster.booked().await;
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
-use loadtest::upstream::{Fault, Kind, Stage};
+use loadtest::upstream::{Fault, Kind, Stage, State};
 use reqwest::RequestBuilder;
 use serde_json::json;
 use tokio::time::{sleep, timeout};
@@ -114,7 +114,62 @@ async fn cut_off(mode: Mode) {
         .into_iter()
         .filter(|turn| turn["state"] == "settled");
     assert_eq!(begun.count(), seen, "each was sent once");
+    // A replica that refused a request, or never began it, does not stand in the way of the one that served it.
+    let unlike = "
+        select count(*) from turns t where t.state = 'settled' and t.input_tokens <>
+            (select coalesce(sum(l.input_tokens), 0) from request_log l where l.turn_id = t.turn_id)";
+    until("the log says what was booked", async || {
+        let row = cluster.client.query_one(unlike, &[]).await.unwrap();
+        row.get::<_, i64>(0) == 0
+    })
+    .await;
     assert_eq!(cluster.home.upstream.violations(), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_owner_that_cannot_book_leaves_the_conversation_to_whoever_can() {
+    let cluster = Cluster::start(Plan::default()).await;
+    let first = answer(turn(&cluster, 0, "s", "first").json(&script("one", false))).await;
+    let edge = &cluster.replicas[0].postgres;
+    edge.set(Mode::Refuse);
+    edge.cut();
+    let second = turn(&cluster, 1, "s", "second").header("x-codex-turn-state", first.token());
+    answer(second.json(&script("two", false))).await.id();
+    assert_eq!(cluster.home.upstream.violations(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_response_of_a_fork_is_found_at_the_owner_of_its_thread() {
+    let cluster = Cluster::start(Plan {
+        settings: &[("DRAWBRIDGE_SNAPSHOTS", "off")],
+        ..Plan::default()
+    })
+    .await;
+    let post = |number: usize, body| {
+        cluster
+            .post_at(number, "/v1/responses")
+            .header("session-id", "s")
+            .json(&body)
+    };
+    let silence = Fault::once(Kind::Silence(Stage::Visible));
+    cluster.home.upstream.fault(silence);
+    let busy = answer(post(0, script("busy", true)));
+    let beside = async {
+        let state = |state: &State| state.silent == 1;
+        cluster.home.upstream.wait("a silence", state).await;
+        let fork = answer(post(0, script("beside", false))).await;
+        cluster.home.upstream.release();
+        fork
+    };
+    let (busy, fork) = tokio::join!(busy, beside);
+    busy.id();
+    let mut after = script("after", false);
+    after["previous_response_id"] = fork.id().into();
+    for number in [1, 0] {
+        let next = answer(post(number, after.clone())).await;
+        after["previous_response_id"] = next.id().into();
+    }
+    assert_eq!(cluster.leases().await.len(), 2);
 }
 
 #[tokio::test]
