@@ -76,7 +76,7 @@ impl Router {
         let previous = facts.previous_response_id.as_deref();
         let mut local = lease.and_then(|lease| engine.sessions.by_lease(self.scope, lease));
         let mut conflict = false;
-        let mut snapshot = false;
+        let mut snapshot = None;
         if let Some(id) = previous {
             let remembers = local.as_ref().is_some_and(|local| local.remembers(id));
             if let Some(handle) = engine
@@ -94,7 +94,7 @@ impl Router {
             if !known_here && evidence != Evidence::Invalid {
                 match engine.within(engine.snapshots.find(self.scope, id)).await {
                     Some(found) => {
-                        snapshot = found.as_ref().is_some_and(|found| found.complete);
+                        snapshot = Some(found.as_ref().is_some_and(|found| found.complete));
                         let named = found.and_then(|found| found.lease);
                         if let Some(named) = named {
                             conflict |= told.is_some_and(|lease| lease != named);
@@ -164,20 +164,30 @@ impl Router {
             engine.sessions.remove(self.scope, &handle.held);
             local = None;
         }
-        let remembers = |handle: &Handle| previous.is_none_or(|id| handle.remembers(id));
+        let remembers = match (&local, previous) {
+            (Some(handle), Some(id)) => handle.remembers(id),
+            (local, None) => local.is_some(),
+            (None, Some(_)) => false,
+        };
         let local_state = match &local {
             None => Local::None,
-            Some(handle) if handle.is_idle() => Local::Idle {
-                remembers: remembers(handle),
-            },
+            Some(handle) if handle.is_idle() => Local::Idle { remembers },
             Some(handle) => Local::Busy {
-                remembers: remembers(handle),
+                remembers,
                 abandoned: !self.hurried && handle.is_abandoned(),
             },
         };
-        let continuity = match previous {
-            None => Continuity::Optional,
-            Some(_) => Continuity::Required { snapshot },
+        let continuity = match (previous, snapshot) {
+            (None, _) => Continuity::Optional,
+            (Some(_), Some(snapshot)) => Continuity::Required { snapshot },
+            (Some(_), None) if remembers => Continuity::Required { snapshot: false },
+            // It did when it was looked at first: a turn has ended since.
+            (Some(id), None) => match engine.within(engine.snapshots.find(self.scope, id)).await {
+                Some(found) => Continuity::Required {
+                    snapshot: found.is_some_and(|found| found.complete),
+                },
+                None => return Ok(self.away()),
+            },
         };
         let full = engine.sessions.is_full();
         Ok(Known {

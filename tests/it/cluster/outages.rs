@@ -364,6 +364,59 @@ async fn a_turn_that_could_not_claim_its_key_holds_up_no_other_of_that_key() {
 }
 
 #[tokio::test]
+async fn what_a_session_forgets_while_its_row_is_read_is_told_again() {
+    let cluster = Cluster::start(Plan {
+        replicas: 1,
+        ..Plan::default()
+    })
+    .await;
+    let post = |body: &Value| cluster.post_at(0, "/v1/responses").json(body);
+    let after = |previous: &Answer, text: &str, stream: bool| {
+        let mut body = script(text, stream);
+        body["previous_response_id"] = previous.id().into();
+        let request = post(&body);
+        tokio::spawn(async { Answer::of(request.send().await.unwrap()).await })
+    };
+    // What is continued has a session from then on.
+    let zero = Answer::of(post(&script("zero", false)).send().await.unwrap()).await;
+    let one = after(&zero, "one", false).await.unwrap();
+    let silence = Fault::once(Kind::Silence(Stage::Visible));
+    cluster.home.upstream.fault(silence);
+    let two = after(&one, "two", true);
+    let state = |state: &State| state.silent == 1;
+    cluster.home.upstream.wait("a silence", state).await;
+    let held = "begin; lock table http_bridge_leases in access exclusive mode";
+    cluster.client.batch_execute(held).await.unwrap();
+    cluster.home.upstream.release();
+    let waits = "
+        select count(*) from pg_stat_activity
+        where wait_event_type = 'Lock' and query like '%http_bridge_leases%' and datname = current_database()";
+    until("the turn ends", async || {
+        let anew = "select pg_stat_clear_snapshot()";
+        cluster.client.batch_execute(anew).await.unwrap();
+        let row = cluster.client.query_one(waits, &[]).await.unwrap();
+        row.get::<_, i64>(0) > 0
+    })
+    .await;
+    // The end is waited for as long as the row is: whoever comes a second later sees both.
+    sleep(Duration::from_secs(1)).await;
+    let three = after(&one, "three", false);
+    let service = cluster.service(0);
+    until("the session is idle", async || {
+        let page = Page::of(&service.http, &service.admin).await;
+        page.sum("drawbridge_sessions_busy", &[]) == 0.0
+    })
+    .await;
+    cluster.client.batch_execute("commit").await.unwrap();
+    two.await.unwrap().id();
+    let three = three.await.unwrap();
+    // A slow machine may have let the read of the row wait for too long.
+    let told = three.complete || three.code() == "continuity_unavailable";
+    assert!(told, "{three:#?}");
+    cluster.booked().await;
+}
+
+#[tokio::test]
 async fn pgbouncer_may_be_saturated() {
     let cluster = Cluster::start(Plan {
         pooled: true,
