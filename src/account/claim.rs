@@ -48,8 +48,7 @@ impl Accounts {
         store::renew_claim(&self.db, id, claim, time).await
     }
 
-    /// Notes that upstream refused a generation by a word that nobody knows, and keeps the claim for `pause`; yields whether the exchange
-    /// before had the same end.
+    /// Notes that upstream refused a generation by a word that nobody knows; yields whether the exchange before had the same end.
     ///
     /// # Errors
     /// Of the database.
@@ -58,9 +57,8 @@ impl Accounts {
         id: AccountId,
         claim: Uuid,
         generation: i64,
-        pause: Duration,
     ) -> Result<bool, db::Error> {
-        store::doubt(&self.db, id, claim, generation, pause).await
+        store::doubt(&self.db, id, claim, generation).await
     }
 
     /// Gives a claim back after an exchange that was answered.

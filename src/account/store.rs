@@ -138,7 +138,7 @@ statements! { "account";
 
     /// Only the holder's, and only while nobody else has taken it.
     RENEW_CLAIM: [UUID, UUID, FLOAT8] = "
-        update refresh_claims set claimed_until = greatest(claimed_until, clock_timestamp() + make_interval(secs => $3))
+        update refresh_claims set claimed_until = clock_timestamp() + make_interval(secs => $3)
         where account_id = $1 and claimed_by = $2";
 
     /// Whoever has taken it over keeps it.
@@ -151,10 +151,9 @@ statements! { "account";
             retry_at = clock_timestamp() + make_interval(mins => least(60, 5 * 2 ^ least(failures, 10))::int)
         where account_id = $1 and claimed_by = $2";
 
-    /// By the holder of the claim, which nobody takes over for so long. Yields whether the same generation was doubted before.
-    DOUBT: [UUID, UUID, INT8, FLOAT8] = "
-        update refresh_claims c set doubted_generation = $3, claimed_until = clock_timestamp() + make_interval(secs => $4)
-        from refresh_claims before
+    /// By the holder of the claim. Yields whether the same generation was doubted before.
+    DOUBT: [UUID, UUID, INT8] = "
+        update refresh_claims c set doubted_generation = $3 from refresh_claims before
         where c.account_id = $1 and c.claimed_by = $2 and before.account_id = c.account_id
         returning coalesce(before.doubted_generation = $3, false)";
 
@@ -486,11 +485,8 @@ pub(super) async fn doubt(
     id: AccountId,
     claim: Uuid,
     generation: i64,
-    pause: Duration,
 ) -> Result<bool, Error> {
-    let row = db
-        .opt(&DOUBT, &[&id, &claim, &generation, &pause.as_secs_f64()])
-        .await?;
+    let row = db.opt(&DOUBT, &[&id, &claim, &generation]).await?;
     Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
 }
 

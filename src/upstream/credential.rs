@@ -1,10 +1,10 @@
 //! Tokens that upstream takes, for every account of the pool.
 //!
-//! Opened credentials are kept in memory, and read again once something about accounts has changed; until the database has told, what was
-//! read before will do. A refresh token can be spent once: however many callers
-//! need fresh tokens, on however many replicas, one task exchanges it under a claim, outlives the callers, and stores the result before
-//! anybody uses it. Rows carry a generation; whoever waited or lost a race adopts the newer one. It knows accounts, not requests, and what
-//! happens to an account whose login was refused is decided by the generation that was refused.
+//! Opened credentials are kept in memory, and read again once something about accounts has changed; while the database does not tell, what
+//! was read before will do. A refresh token can be spent once: however many callers need fresh tokens, on however many replicas, one task
+//! exchanges it under a claim, outlives the callers, and stores the result before anybody uses it. Rows carry a generation; whoever waited
+//! or lost a race adopts the newer one. It knows accounts, not requests, and what happens to an account whose login was refused is decided
+//! by the generation that was refused.
 
 use std::{
     collections::HashMap,
@@ -51,8 +51,9 @@ const CLAIM: Duration = Duration::from_secs(5);
 /// How often a replica looks whether the exchange of another has ended, and how long it does.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long the database may take to say what it holds.
+/// How long the database may take to say what it holds, and to say it again.
 const READ: Duration = Duration::from_secs(5);
+const READ_AGAIN: Duration = Duration::from_secs(1);
 /// Logins that are kept fresh at once: an endpoint that hangs keeps each for many seconds.
 const AT_ONCE: usize = 4;
 /// How long a refused replica waits for a peer that may have won the exchange to store its result.
@@ -103,6 +104,11 @@ impl CredentialError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Unknown | Self::LoginRequired)
+    }
+
+    /// Whether the database was away, or busy.
+    fn is_passing(&self) -> bool {
+        matches!(self, Self::Db(error) if error.is_passing())
     }
 }
 
@@ -166,8 +172,13 @@ impl Credentials {
     ) -> Result<Arc<Credential>, CredentialError> {
         loop {
             let credential = match self.0.look(account, freshness) {
-                Ok(credential) => return Ok(credential),
-                Err(flight) => flight.await?,
+                Found::Good(credential) => return Ok(credential),
+                Found::Old(old, flight) => match timeout(READ_AGAIN, flight).await {
+                    Ok(Err(error)) if !error.is_passing() => return Err(error),
+                    Ok(Ok(newer)) => newer,
+                    Ok(Err(_)) | Err(_) => return Ok(old),
+                },
+                Found::Nothing(flight) => flight.await?,
             };
             // A flight that was under way may have wanted less.
             if freshness.accepts(credential.generation) {
@@ -247,6 +258,14 @@ fn refresh_at(refreshed: Timestamp, expires: Timestamp) -> Timestamp {
 /// One look-up, and the exchange if there must be one, in a task of its own; all who wait for it share it.
 type Flight = Shared<BoxFuture<'static, Result<Arc<Credential>, CredentialError>>>;
 
+/// What is known of an account's credential.
+enum Found {
+    Good(Arc<Credential>),
+    /// It was good before something about accounts changed.
+    Old(Arc<Credential>, Flight),
+    Nothing(Flight),
+}
+
 #[derive(Default)]
 struct Slot {
     /// What was last read, and in which epoch.
@@ -273,12 +292,8 @@ struct Inner {
 }
 
 impl Inner {
-    /// The credential in memory, or the flight that fetches one. One that is good but due, or from before a change, is seen to meanwhile.
-    fn look(
-        self: &Arc<Self>,
-        account: AccountId,
-        freshness: Freshness,
-    ) -> Result<Arc<Credential>, Flight> {
+    /// What is in memory, and the flight that fetches what is not. One that is good but due is renewed meanwhile.
+    fn look(self: &Arc<Self>, account: AccountId, freshness: Freshness) -> Found {
         let now = self.clock.now();
         let mut known = self.known();
         let current = known.epoch;
@@ -291,15 +306,19 @@ impl Inner {
             .as_ref()
             .filter(|(_, opened)| opened.is_good(now))
         else {
-            return Err(self.flight(&mut known, account, freshness, false));
+            return Found::Nothing(self.flight(&mut known, account, freshness, false));
         };
         let credential = Arc::clone(&opened.credential);
-        let renew =
-            now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now);
-        if renew || *epoch != current {
-            drop(self.flight(&mut known, account, freshness, renew));
+        if *epoch != current {
+            return Found::Old(
+                credential,
+                self.flight(&mut known, account, freshness, false),
+            );
         }
-        Ok(credential)
+        if now >= opened.refresh_at && !failed_lately(slot.failed, credential.generation, now) {
+            drop(self.flight(&mut known, account, freshness, true));
+        }
+        Found::Good(credential)
     }
 
     /// The flight that is under way for an account, or a new one.
@@ -388,13 +407,14 @@ impl Inner {
                     return kept(CLAIM / 3, renew, spent).await;
                 }
                 (claim, after) => {
-                    if let Claim::Mine(claim) = claim {
-                        self.give_back(stored.id, claim, Ok(())).await;
-                    }
                     let after = after?;
                     if after.generation > stored.generation {
+                        if let Claim::Mine(claim) = claim {
+                            self.give_back(stored.id, claim, Ok(())).await;
+                        }
                         return Ok(Opened::new(&after));
                     }
+                    // A claim of ours that came too late ends by itself: what it says of earlier exchanges stays.
                     if claim == Claim::Failed {
                         self.note_failed(account, stored.generation, PAUSE);
                         return Err(CredentialError::Transient);
@@ -475,10 +495,7 @@ impl Inner {
 
     /// Whether a refusal by a word that nobody knows counts: it is the second one in a row, and some time lies between.
     async fn is_believed(&self, id: AccountId, claim: Uuid, generation: i64) -> bool {
-        let doubted = self
-            .accounts
-            .doubt(id, claim, generation, DOUBT.unsigned_abs())
-            .await;
+        let doubted = self.accounts.doubt(id, claim, generation).await;
         doubted.unwrap_or_else(|error| {
             tracing::warn!(account_id = %id, %error, "cannot note that a login was refused");
             false
@@ -499,10 +516,10 @@ impl Inner {
         }
     }
 
-    /// Stores fresh tokens, unless somebody stored others; the token that was spent for them, imported once more, is none. The old ones are
-    /// spent, so to give up is to lose the login: it is tried for about a minute.
+    /// Stores fresh tokens, unless somebody stored others; the token that was spent for them, imported once more, is none, whichever row it
+    /// is in now. The old ones are spent, so to give up is to lose the login: it is tried for about a minute.
     async fn store(&self, spent: &Stored, tokens: &Tokens) -> Result<(), CredentialError> {
-        let (id, mut generation, mut pause) = (spent.id, spent.generation, STORE_PAUSE);
+        let (mut id, mut generation, mut pause) = (spent.id, spent.generation, STORE_PAUSE);
         loop {
             let error = match self.accounts.rotate(id, generation, tokens).await {
                 Ok(Some(_)) => return Ok(()),
@@ -510,7 +527,7 @@ impl Inner {
                     Ok(Some(stored))
                         if stored.refresh.expose_secret() == spent.refresh.expose_secret() =>
                     {
-                        generation = stored.generation;
+                        (id, generation) = (stored.id, stored.generation);
                         continue;
                     }
                     Ok(_) => return Ok(()),

@@ -63,9 +63,7 @@ pub(super) async fn keep(
             loop {
                 // Quota is followed also while the database takes its time.
                 tokio::select! {
-                    version = moved.changed() => stale |= version.is_some(),
-                    version = models.changed() => stale |= version.is_some(),
-                    changed = observed.changed() => if changed.is_err() { return },
+                    biased;
                     result = &mut reading => match result {
                         Ok((read, moves)) => {
                             entries = read;
@@ -78,6 +76,9 @@ pub(super) async fn keep(
                             reading.set(read(PAUSE).fuse());
                         }
                     },
+                    version = moved.changed() => stale |= version.is_some(),
+                    version = models.changed() => stale |= version.is_some(),
+                    changed = observed.changed() => if changed.is_err() { return },
                 }
                 if stale && reading.is_terminated() {
                     stale = false;
