@@ -4,7 +4,7 @@
 //! pooler in between changes nothing. Rooms keep their statements in their `store.rs`, made with [`statements!`](crate::statements).
 //!
 //! Lock order of everything that takes more than one row lock, also inside a statement: seat, e-mail, accounts by id, their limits, leases,
-//! snapshots, turns, key counters, `bus_versions` (topics alphabetically, last).
+//! snapshots, turns, `request_log` by key, key counters, `bus_versions` (topics alphabetically, last).
 
 mod clock;
 mod connection;

@@ -14,7 +14,7 @@ use super::{Error, Stmt};
 use crate::{task, telemetry};
 
 /// How long a server may take over one statement before it is taken for mute. Turns are far less patient.
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER: Duration = Duration::from_secs(300);
 /// For telling the server that nobody waits for an answer.
 const CANCEL: Duration = Duration::from_secs(2);
 
@@ -110,7 +110,7 @@ impl Connection {
         self.answer(stmt, prepared).await.map(drop)
     }
 
-    /// Waits for what the server says to a statement. Whoever stops to wait leaves the answer owed.
+    /// Waits for what the server says to a statement. Whoever stops waiting leaves the answer owed.
     async fn answer<T>(
         &self,
         stmt: &Stmt,

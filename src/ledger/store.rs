@@ -218,17 +218,17 @@ statements! { "ledger";
         ), logged as (
             insert into request_log (", log_columns!(), ")
             select ", log_columns!(), " from jsonb_populate_recordset(null::request_log, $2) join booked using (turn_id)
-            ", served!(), "
+            order by day, turn_id, request_id ", served!(), "
         )
         select count(*) from booked");
 
-    /// Turns whose log was lost with the process that queued it. A plain read, once through both sides; LOG ignores what has come since.
+    /// Turns whose log was lost with the process that queued it. A plain read, once through both sides; LOG keeps what has come since.
     FIND_UNLOGGED: [UUID, UUID, DATE, DATE, INT8] = "
         with sides as (
             select turn_id, requests from turns
             where turn_id >= $1 and turn_id < $2 and state <> 'open' and settled_at < clock_timestamp() - interval '1 minute'
             union all
-            select turn_id, -1 from request_log where day between $3 and $4 and turn_id >= $1 and turn_id < $2
+            select turn_id, -1 from request_log where day between $3 and $4 and turn_id >= $1 and turn_id < $2 and attempts > 0
         ), missing as (
             select turn_id from sides group by turn_id having sum(requests) > 0 limit $5
         )
