@@ -65,7 +65,7 @@ fn by_code(code: &str) -> Option<Class> {
 fn by_message(error: &ErrorBody, message: &str, general: Option<Class>) -> Option<Class> {
     let says = |words: &str| message.contains(words);
     // A refusal of a request may quote what the client wrote: it says nothing of the account.
-    let refused = matches!(error.status, Some(401 | 403)) || general == Some(Class::Auth);
+    let refused = error.status == Some(401) || general == Some(Class::Auth);
     let anchor =
         says("previous_response_id") || error.param.as_deref() == Some("previous_response_id");
     if says("selected model is at capacity") {
@@ -76,7 +76,7 @@ fn by_message(error: &ErrorBody, message: &str, general: Option<Class>) -> Optio
         || is_lost_anchor(message)
     {
         Some(Class::PreviousResponseNotFound)
-    } else if refused && says("account has been deactivated") {
+    } else if (refused || error.status == Some(403)) && says("account has been deactivated") {
         Some(Class::Deactivated)
     } else if refused
         && [
@@ -180,6 +180,7 @@ mod tests {
                 ReauthRequired,
             ),
             (400, "", "", "Tell the user to log in again", "", Request),
+            (403, "", "", "Tell the user to sign in again", "", Request),
             (401, "token_expired", "", "", "", ReauthRequired),
             (401, "token_invalidated", "", "", "", ReauthRequired),
             (400, "refresh_token_reused", "", "", "", ReauthRequired),
