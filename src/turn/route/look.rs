@@ -180,7 +180,9 @@ impl Router {
         let continuity = match (previous, snapshot) {
             (None, _) => Continuity::Optional,
             (Some(_), Some(snapshot)) => Continuity::Required { snapshot },
-            (Some(_), None) if remembers => Continuity::Required { snapshot: false },
+            (Some(_), None) if remembers || evidence == Evidence::Invalid => {
+                Continuity::Required { snapshot: false }
+            }
             // It did when it was looked at first: a turn has ended since.
             (Some(id), None) => match engine.within(engine.snapshots.find(self.scope, id)).await {
                 Some(found) => Continuity::Required {

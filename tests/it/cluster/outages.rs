@@ -388,18 +388,17 @@ async fn what_a_session_forgets_while_its_row_is_read_is_told_again() {
     let held = "begin; lock table http_bridge_leases in access exclusive mode";
     cluster.client.batch_execute(held).await.unwrap();
     cluster.home.upstream.release();
+    // The end is waited for as long as the row is: whoever comes a second later sees both.
     let waits = "
-        select count(*) from pg_stat_activity
+        select coalesce(max(clock_timestamp() - query_start) > interval '1 s', false) from pg_stat_activity
         where wait_event_type = 'Lock' and query like '%http_bridge_leases%' and datname = current_database()";
-    until("the turn ends", async || {
+    until("the turn's end has waited for a while", async || {
         let anew = "select pg_stat_clear_snapshot()";
         cluster.client.batch_execute(anew).await.unwrap();
         let row = cluster.client.query_one(waits, &[]).await.unwrap();
-        row.get::<_, i64>(0) > 0
+        row.get::<_, bool>(0)
     })
     .await;
-    // The end is waited for as long as the row is: whoever comes a second later sees both.
-    sleep(Duration::from_secs(1)).await;
     let three = after(&one, "three", false);
     let service = cluster.service(0);
     until("the session is idle", async || {
