@@ -172,7 +172,7 @@ async fn accept(listener: TcpListener, address: SocketAddr, mut line: Line) {
     }
 }
 
-/// Stops to listen, and yields the connections that exist for their clients already: the kernel would reset them.
+/// Stops listening, and yields the connections that exist for their clients already: the kernel would reset them.
 fn close(listener: TcpListener) -> Vec<TcpStream> {
     let Ok(listener) = listener.into_std() else {
         return Vec::new();
@@ -266,7 +266,7 @@ impl Line {
 mod tests {
     use std::os::fd::AsFd as _;
 
-    use tokio::time::timeout;
+    use tokio::{net::TcpSocket, time::timeout};
 
     use super::*;
 
@@ -295,11 +295,15 @@ mod tests {
 
     #[tokio::test]
     async fn connections_go_round_and_past_who_refuses() {
-        let gone = {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-            listener.local_addr().unwrap()
-        };
-        let edge = Edge::before(&[echo(b'a').await, echo(b'b').await, gone], 0).await;
+        // Bound, and nobody listens.
+        let gone = TcpSocket::new_v4().unwrap();
+        gone.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let targets = [
+            echo(b'a').await,
+            echo(b'b').await,
+            gone.local_addr().unwrap(),
+        ];
+        let edge = Edge::before(&targets, 0).await;
         let mut names = Vec::new();
         for _ in 0..6 {
             let mut socket = TcpStream::connect(edge.address).await.unwrap();

@@ -36,9 +36,9 @@ const PATIENCE: Patience = Patience {
     total: Duration::from_secs(1),
 };
 /// Within this everything here has happened, on a busy machine too.
+const SOON: Duration = Duration::from_secs(10);
 /// The smallest body for which there is no room.
 const FULL: usize = 60 << 20;
-const SOON: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 async fn a_call_arrives_whole_and_its_answer_too() {

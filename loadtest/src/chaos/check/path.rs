@@ -148,12 +148,13 @@ impl<'a> Paths<'a> {
 
     /// Whether a call may have ended with this error for a fault on its way.
     pub(super) fn excused(&self, code: &str, path: &Path) -> bool {
-        let felt_for = match code {
-            "bridge_owner_unreachable" => BURIAL - ECHO,
-            _ => 0,
-        };
-        let from = path.from.saturating_sub(felt_for);
-        self.struck(from, path.to, |what| excuses(code, what, path))
+        let excuses = |what| excuses(code, what, path);
+        let buries_late =
+            |what| matches!(what, What::Kill(_) | What::Pause(_)) || blinds(what, path);
+        let from = path.from.saturating_sub(BURIAL - ECHO);
+        self.met(path, excuses)
+            || code == "bridge_owner_unreachable"
+                && self.struck(from, path.to, |what| buries_late(what) && excuses(what))
     }
 
     /// Whether a fault was felt on a way.
@@ -230,8 +231,6 @@ fn excuses(code: &str, what: What, path: &Path) -> bool {
         ) => path.owners.contains(&r),
         // Nothing can be booked; who slept must have sent a heartbeat before it admits a turn.
         ("bridge_owner_unreachable" | "continuity_unavailable", what) if blinds(what, path) => true,
-        // Nor a credential be read that is not in memory.
-        ("upstream_error" | "upstream_unavailable", what) if blinds(what, path) => true,
         ("continuity_unavailable", What::Pause(r)) => path.on(r),
         // What is left of the pool is all limits.
         ("usage_limit_reached" | "rate_limit_exceeded", What::Account(_, Limited)) => true,
