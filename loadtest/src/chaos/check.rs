@@ -72,6 +72,13 @@ pub(super) fn unseen(history: &History) -> Vec<Violation> {
         {
             None
         }
+        // The close crossed the message: had that been begun, upstream would see it twice.
+        End::Broken(how)
+            if matches!(call.style, Style::CodexSocket | Style::ChainSocket)
+                && how == "closed 1012" =>
+        {
+            None
+        }
         end => Some(violation(
             "visible",
             format!("{} ({:?}): {end:?}", call.tag, call.style),

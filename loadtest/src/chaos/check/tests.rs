@@ -447,6 +447,27 @@ fn errors_are_known_well_formed_and_connections_break_for_a_reason() {
 }
 
 #[test]
+fn a_socket_that_closes_as_its_client_speaks_is_no_error_unless_upstream_sees_the_message_twice() {
+    let closed = |style, twice| {
+        let mut history = good();
+        history.calls[1].style = style;
+        history.calls[1].end = End::Broken("closed 1012".into());
+        if twice {
+            let again = history.attempts[1].clone();
+            history.attempts.push(again);
+        }
+        let found = unseen(&history);
+        found
+            .into_iter()
+            .map(|found| found.rule)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(closed(Style::ChainSocket, false), NOTHING);
+    assert_eq!(closed(Style::ChainSocket, true), ["created_twice"]);
+    assert_eq!(closed(Style::Chain, false), ["visible"]);
+}
+
+#[test]
 fn strangers_are_not_served_and_who_lives_is_ready() {
     let served = |history: &mut History| history.calls[1].intrudes = true;
     assert!(after(served).contains(&"scope"));
